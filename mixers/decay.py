@@ -1,0 +1,64 @@
+"""Data-dependent decay and step size of an SSD scan, kept in fp32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+INITIAL_DT = 0.1
+MEMORY_TOKENS = (8, 4096)
+"""Shortest and longest memory, in tokens, that the scans start with (log-spaced over heads)."""
+
+
+class Rates(nn.Module):
+    """The parameters A_log and dt_bias [E], which stay fp32 when the model is cast."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        low, high = map(math.log, MEMORY_TOKENS)
+        spread = torch.linspace(0, 1, heads) if heads > 1 else torch.full((1,), 0.5)
+        memory = torch.exp(low + spread * (high - low))
+        self.A_log = nn.Parameter((-(memory * INITIAL_DT).log()).float())
+        self.dt_bias = nn.Parameter(
+            torch.full((heads,), math.log(math.expm1(INITIAL_DT)), dtype=torch.float32)
+        )
+
+    def forward(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Map raw [B, N, E] to (log_a, dt), both fp32: dt = softplus(raw + dt_bias), log_a = -exp(A_log)·dt."""
+        wide = torch.promote_types(raw.dtype, torch.float32)
+        dt = F.softplus(raw.to(wide) + self.dt_bias.to(wide))
+        return -self.A_log.to(wide).exp() * dt, dt
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rates:
+        """Follow a move to another device and to fp64, not a cast to a narrower type."""
+
+        def keep_wide(t: Tensor) -> Tensor:
+            moved = fn(t)
+            if not moved.is_floating_point() or moved.dtype in (torch.float32, torch.float64):
+                return moved
+            return moved if moved.is_meta else t.to(device=moved.device)
+
+        return super()._apply(keep_wide, recurse)
+
+
+class Decay(nn.Module):
+    """(log_a, dt) of each token from its hidden state (Mamba2, arXiv 2405.21060).
+
+    Args:
+        dim: Model width D.
+        heads: Decays E: one a KV head, or one a query head.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, heads, bias=False)
+        nn.init.normal_(self.proj.weight, std=0.01)
+        self.rates = Rates(heads)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map x [B, N, D] to (log_a, dt), each fp32 [B, N, E], log_a ≤ 0 ≤ dt."""
+        return self.rates(self.proj(x))

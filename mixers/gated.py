@@ -1,0 +1,176 @@
+"""Several mixers side by side, weighed per token by a learned gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mixers.errors import ConfigError, near
+from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
+from mixers.layout import TokenLayout
+from mixers.registry import get, register
+
+
+@dataclass(kw_only=True)
+class GateConfig(MixerConfig):
+    """What every gated mixer is set by.
+
+    Args:
+        gate: One weight a ``"token"``, or one a token and ``"head"``.
+        share_projections: Whether the branches share one set of q, k, v and o projections.
+        active: Names of the branches that take part, in a staged training. None: all.
+    """
+
+    gate: Literal["token", "head"] = "token"
+    share_projections: bool = True
+    active: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("gate", "token", "head")
+
+
+@dataclass(kw_only=True)
+class GatedConfig(GateConfig):
+    """Settings of ``gated``.
+
+    Args:
+        branches: Branch name → its settings: ``mixer`` (a registered name, default: the branch name)
+            and fields of that mixer's config. Widths, head counts and biases come from this config.
+    """
+
+    branches: dict[str, dict[str, Any]]
+
+
+@register("gated", config=GatedConfig)
+class Gated(TokenMixer):
+    """Weighted sum of two or more mixers with weights learned per token: y = Σ g_b(x) ⊙ branch_b(x).
+
+    The weights sum to 1 over the branches that have something for the token; with two branches
+    g = σ(W x + b) and 1 - g. They start equal.
+    """
+
+    config: GateConfig
+
+    def __init__(self, config: GateConfig, *, projections: bool = True) -> None:
+        super().__init__(config, projections=projections and config.share_projections)
+        settings = self.branch_settings(config)
+        if len(settings) < 2:
+            raise ConfigError(f"a gated mixer needs two branches or more, found {list(settings)}.")
+        common = {f: getattr(config, f) for f in MixerConfig.__dataclass_fields__}
+        branches: dict[str, TokenMixer] = {}
+        for name, fields in settings.items():
+            cls = get(fields.get("mixer", name))
+            own = {k: v for k, v in fields.items() if k != "mixer"}
+            # Outputs of separate o_proj are summed, so one bias is enough.
+            bias = {"out_bias": config.out_bias and not branches}
+            branch_config = cls.config_class.from_dict({**common, **bias, **own})
+            branches[name] = cls(branch_config, projections=projections and not config.share_projections)
+        self.branches = nn.ModuleDict(branches)
+        weights = len(branches) - 1
+        self.gate = nn.Linear(config.dim, weights * (self.num_heads if config.gate == "head" else 1))
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+        if config.active is not None:
+            self.set_active(config.active)
+
+    @classmethod
+    def branch_settings(cls, config: Any) -> dict[str, dict[str, Any]]:
+        """Return branch name → settings, as :class:`GatedConfig` holds them."""
+        return config.branches
+
+    def set_active(self, names: Iterable[str] | None) -> None:
+        """Let only the named branches take part (None: all); kept in the config, so it is saved.
+
+        Raises:
+            ConfigError: A name is no branch, or none is given.
+        """
+        chosen = None if names is None else tuple(names)
+        for name in chosen or ():
+            if name not in self.branches:
+                raise ConfigError(
+                    f"no branch is called {name!r}.{near(name, self.branches)} Branches: {', '.join(self.branches)}."
+                )
+        if chosen == ():
+            raise ConfigError(f"at least one branch must be active; branches: {', '.join(self.branches)}.")
+        self.config.active = chosen
+
+    def mix(self, x: Tensor, layout: TokenLayout, rotary: Rotary | None, state: MixerState | None) -> Tensor:
+        """Project, mix and gate; see :meth:`TokenMixer.mix`."""
+        shared = self.project(x) if self.config.share_projections else None
+        mixed = self._gated_branches(x, shared, layout, rotary, state)
+        if shared is not None:
+            return self.o_proj(sum(y for _, y in mixed).flatten(2))
+        return sum(self.branches[name].o_proj(y.flatten(2)) for name, y in mixed)
+
+    def mix_heads(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: TokenLayout,
+        rotary: Rotary | None,
+        state: MixerState | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix with the projections of an enclosing gated mixer; see :meth:`TokenMixer.mix_heads`."""
+        return sum(y for _, y in self._gated_branches(x, (q, k, v), layout, rotary, state)), None
+
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> MixerState:
+        """Return the states of all branches, named ``branch.tensor``."""
+        return {
+            f"{name}.{key}": tensor
+            for name, branch in self.branches.items()
+            for key, tensor in branch.init_state(batch_size, dtype, device).items()
+        }
+
+    def _gated_branches(
+        self,
+        x: Tensor,
+        shared: tuple[Tensor, Tensor, Tensor] | None,
+        layout: TokenLayout,
+        rotary: Rotary | None,
+        state: MixerState | None,
+    ) -> list[tuple[str, Tensor]]:
+        outputs: dict[str, Tensor] = {}
+        absent: dict[str, Tensor | None] = {}
+        for name, branch in self.branches.items():
+            if self.config.active is not None and name not in self.config.active:
+                continue
+            own = None if state is None else _substate(state, name)
+            q, k, v = branch.project(x) if shared is None else shared
+            outputs[name], covered = branch.mix_heads(x, q, k, v, layout, rotary, own)
+            absent[name] = None if covered is None else ~covered
+            if state is not None and own is not None:
+                state.update({f"{name}.{key}": tensor for key, tensor in own.items()})
+        weights = self._weights(x, outputs, absent)
+        return [(name, weights[name] * y) for name, y in outputs.items()]
+
+    def _weights(
+        self, x: Tensor, outputs: dict[str, Tensor], absent: dict[str, Tensor | None]
+    ) -> dict[str, Tensor]:
+        """Softmax over the branches present at a token, the last branch's logit being 0; [B, N, H or 1, 1]."""
+        logits = self.gate(x).unflatten(-1, (len(self.branches) - 1, -1))
+        logits = torch.cat([logits, torch.zeros_like(logits[:, :, :1])], dim=2)
+        index = {name: i for i, name in enumerate(self.branches)}
+        rows = []
+        for name in outputs:
+            logit = logits[:, :, index[name]]
+            mask = absent[name]
+            # Finite, so that a token that no branch covers gets no NaN.
+            rows.append(
+                logit if mask is None else logit.masked_fill(mask[..., None], torch.finfo(logit.dtype).min)
+            )
+        weights = torch.stack(rows, dim=2).softmax(dim=2)
+        return {name: weights[:, :, i, :, None] for i, name in enumerate(outputs)}
+
+
+def _substate(state: MixerState, name: str) -> MixerState:
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}

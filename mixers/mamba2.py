@@ -1,0 +1,201 @@
+"""Mamba2 from attention's queries, keys and values (arXiv 2405.21060)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixers.decay import Decay
+from mixers.errors import ConfigError
+from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
+from mixers.layout import Scan, TokenLayout
+from mixers.ops import short_conv, ssd, ssd_step
+from mixers.registry import register
+from mixers.rotary import apply_rotary
+
+
+@dataclass(kw_only=True)
+class Mamba2Config(MixerConfig):
+    """Settings of ``mamba2``.
+
+    Args:
+        decay: One decay a ``"kv_head"`` (states then exist per KV head only) or a query ``"head"``.
+        conv_size: Taps of the short convolution on C, B and X; 0 leaves it out.
+        feature_map: What is done to C and B: ``"none"``; ``"softmax"``, a learned map then softmax
+            of both signs, which doubles the state (Hedgehog, arXiv 2402.04347); ``"l2"`` norm.
+        normalizer: ``"denominator"`` divides by the sum of weights (with ``"softmax"`` only),
+            ``"rms"`` norms each head, ``"none"``.
+        output_gate: Whether y is multiplied by silu of a projection of x.
+        rotary: Whether the teacher's rotary embedding is applied to C and B.
+        chunk_size: Tokens mixed by one matrix product.
+    """
+
+    decay: Literal["kv_head", "head"] = "kv_head"
+    conv_size: int = 4
+    feature_map: Literal["none", "softmax", "l2"] = "none"
+    normalizer: Literal["none", "rms", "denominator"] = "rms"
+    output_gate: bool = True
+    rotary: bool = False
+    chunk_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("decay", "kv_head", "head")
+        self._check_choice("feature_map", "none", "softmax", "l2")
+        self._check_choice("normalizer", "none", "rms", "denominator")
+        if self.conv_size < 0 or self.chunk_size < 1:
+            raise ConfigError(
+                f"conv_size must not be negative and chunk_size must be positive, found {self.conv_size} "
+                f"and {self.chunk_size}."
+            )
+        if self.normalizer == "denominator" and self.feature_map != "softmax":
+            raise ConfigError(
+                "normalizer 'denominator' needs weights that are not negative; use it with "
+                f"feature_map='softmax', found {self.feature_map!r}."
+            )
+
+
+@register("mamba2", config=Mamba2Config)
+class Mamba2(TokenMixer):
+    """Causal Mamba2 with C = query, B = key, X = value; O(N) time, constant state."""
+
+    config: Mamba2Config
+
+    def __init__(self, config: Mamba2Config, *, projections: bool = True) -> None:
+        super().__init__(config, projections=projections)
+        h, g, p = self.num_heads, self.num_kv_heads, self.head_dim
+        self.decay = Decay(config.dim, g if config.decay == "kv_head" else h)
+        self.skip = nn.Parameter(torch.zeros(h))
+        if config.conv_size:
+            identity = torch.zeros((h + 2 * g) * p, config.conv_size)
+            identity[:, -1] = 1
+            self.conv_weight = nn.Parameter(identity)
+        if config.feature_map == "softmax":
+            self.c_map = nn.Parameter(torch.eye(p).repeat(h, 1, 1))
+            self.b_map = nn.Parameter(torch.eye(p).repeat(g, 1, 1))
+        if config.normalizer == "rms":
+            self.norm_weight = nn.Parameter(torch.full((h, p), 0.3))
+        if config.output_gate:
+            self.gate_proj = nn.Linear(config.dim, h * p)
+            nn.init.normal_(self.gate_proj.weight, std=0.01)
+            nn.init.constant_(self.gate_proj.bias, 1.2785)  # silu(1.2785) = 1
+
+    def mix_heads(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: TokenLayout,
+        rotary: Rotary | None,
+        state: MixerState | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scan; see :meth:`TokenMixer.mix_heads`."""
+        scan = self._scan(layout)
+        if self.config.conv_size:
+            q, k, v = self._convolve(q, k, v, layout, scan, state)
+        if self.config.rotary and rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        c, b = self._features(q, k)
+        denominator = self.config.normalizer == "denominator"
+        decay = self.decay(x)
+        if state is not None and x.shape[1] == 1 and layout.clip is None and layout.valid is None:
+            now = [t[:, 0] for t in (c, b, v)]
+            y = ssd_step(*now, tuple(t[:, 0] for t in decay), state["ssd"], denominator=denominator)[:, None]
+        else:
+            y, final = ssd(
+                c,
+                b,
+                v,
+                decay,
+                self._backward_decay(x, layout),
+                scan=scan,
+                denominator=denominator,
+                initial_state=None if state is None else state["ssd"],
+                chunk_size=self.config.chunk_size,
+            )
+            if state is not None:
+                state["ssd"].copy_(final.detach())
+        return self._finish(y, v, x), None
+
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> MixerState:
+        """Return ``ssd`` [B, E, K, P (+1)] in fp32 at least, and ``conv`` [B, taps - 1, (H + 2G)·P]."""
+        cfg, h, g, p = self.config, self.num_heads, self.num_kv_heads, self.head_dim
+        width = 2 * p if cfg.feature_map == "softmax" else p
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        shape = (batch_size, g if cfg.decay == "kv_head" else h, width, p + (cfg.normalizer == "denominator"))
+        state = {"ssd": torch.zeros(shape, dtype=wide, device=device)}
+        if cfg.conv_size > 1:
+            state["conv"] = torch.zeros(
+                batch_size, cfg.conv_size - 1, (h + 2 * g) * p, dtype=dtype, device=device
+            )
+        return state
+
+    def _scan(self, layout: TokenLayout) -> Scan:
+        return layout.scan("thw")
+
+    def _backward_decay(self, x: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor] | None:
+        return None
+
+    def _convolve(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scan: Scan, state: MixerState | None
+    ) -> tuple[Tensor, ...]:
+        sizes = [t.shape[2] for t in (q, k, v)]
+        joined = torch.cat([q, k, v], dim=2).flatten(2)
+        if layout.valid is not None:
+            joined = joined.masked_fill(~layout.valid[..., None], 0)
+        history = None
+        if state is not None and "conv" in state:
+            goes_on = torch.ones(len(q), dtype=torch.bool, device=q.device)
+            for table, edge in ((layout.valid, False), (layout.vision, True)):
+                if table is not None:
+                    goes_on = goes_on & (table[:, 0] != edge)
+            history = (state["conv"] * goes_on[:, None, None]).to(joined.dtype)
+            self._remember_inputs(state["conv"], history, joined, layout, scan)
+        y = short_conv(joined, self.conv_weight, scan=scan, history=history)
+        return y.unflatten(-1, (-1, self.head_dim)).split(sizes, dim=2)
+
+    @torch.no_grad()
+    def _remember_inputs(
+        self, kept: Tensor, history: Tensor, joined: Tensor, layout: TokenLayout, scan: Scan
+    ) -> None:
+        """Keep the last taps - 1 inputs of the text run that is open at the end, zeros elsewhere."""
+        taps = kept.shape[1]
+        recent = torch.cat([history, joined], dim=1)[:, -taps:]
+        if scan.run is not None:
+            run = torch.cat([scan.run[:, :1].expand(-1, taps), scan.run], dim=1)[:, -taps:]
+            recent = recent * (run == run[:, -1:])[..., None]
+        if layout.vision is not None:
+            recent = recent * ~layout.vision[:, -1, None, None]
+        kept.copy_(recent)
+
+    def _features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.feature_map == "softmax":
+            q, k = (
+                torch.einsum("bnhp,hpr->bnhr", q, self.c_map),
+                torch.einsum("bngp,gpr->bngr", k, self.b_map),
+            )
+            q, k = (torch.cat([t.softmax(-1), (-t).softmax(-1)], dim=-1) for t in (q, k))
+            return q, k
+        if self.config.feature_map == "l2":
+            return F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        return q * self.scale, k
+
+    def _finish(self, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """Skip connection, norm and output gate."""
+        group = self.num_heads // self.num_kv_heads
+        y = y + self.skip[:, None] * v.repeat_interleave(group, dim=2)
+        if self.config.normalizer == "rms":
+            wide = torch.promote_types(y.dtype, torch.float32)
+            y = (F.rms_norm(y.to(wide), (self.head_dim,), eps=self.config.norm_eps) * self.norm_weight).to(
+                y.dtype
+            )
+        if self.config.output_gate:
+            y = y * F.silu(self.gate_proj(x)).unflatten(-1, (-1, self.head_dim))
+        return y

@@ -1,0 +1,133 @@
+"""Choose, for each op, the implementation that runs: by capability, or as told."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from mixers.errors import BackendError, near
+
+ENVIRONMENT_VARIABLE = "LINMU_BACKEND"
+
+_chosen: ContextVar[str | None] = ContextVar("linmu_backend", default=None)
+_OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Attributes:
+        name: ``"reference"`` for plain torch.
+        run: The implementation.
+        unavailable: Returns why it cannot run on this machine, or None if it can.
+        unsupported: Returns why it cannot run on these arguments, or None if it can.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    unavailable: Callable[[], str | None]
+    unsupported: Callable[..., str | None]
+
+
+class Op:
+    """A function with several implementations, tried in the order in which they were added.
+
+    Which one runs is decided by, in this order: the ``backend`` argument, :func:`use_backend`, the
+    environment variable ``LINMU_BACKEND``, and else the first that can. An explicit choice that
+    cannot run is an error, never a silent fallback.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.backends: dict[str, Backend] = {}
+        _OPS[name] = self
+
+    def backend(
+        self,
+        name: str,
+        *,
+        unavailable: Callable[[], str | None] = lambda: None,
+        unsupported: Callable[..., str | None] = lambda *args, **kwargs: None,
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorate an implementation to add it after those that are there."""
+
+        def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
+            self.backends[name] = Backend(name, run, unavailable, unsupported)
+            return run
+
+        return decorate
+
+    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        """Run the op.
+
+        Raises:
+            BackendError: The backend asked for is unknown, or cannot run here or on these arguments.
+        """
+        told = backend or _chosen.get() or os.environ.get(ENVIRONMENT_VARIABLE)
+        if told:
+            return self._explicit(told, *args, **kwargs).run(*args, **kwargs)
+        for candidate in self.backends.values():
+            if candidate.unavailable() is None and candidate.unsupported(*args, **kwargs) is None:
+                return candidate.run(*args, **kwargs)
+        raise BackendError(f"no backend of {self.name} can run here: {self.report().reasons}.")
+
+    def _explicit(self, name: str, *args: Any, **kwargs: Any) -> Backend:
+        if name not in self.backends:
+            raise BackendError(
+                f"{self.name} has no backend {name!r}.{near(name, self.backends)} It has: "
+                f"{', '.join(self.backends)}."
+            )
+        choice = self.backends[name]
+        reason = choice.unavailable() or choice.unsupported(*args, **kwargs)
+        if reason:
+            raise BackendError(f"{self.name}: backend {name!r} cannot run: {reason}.")
+        return choice
+
+    def report(self) -> OpReport:
+        """Say which backend would run and why the others would not."""
+        reasons = {b.name: b.unavailable() for b in self.backends.values()}
+        told = _chosen.get() or os.environ.get(ENVIRONMENT_VARIABLE)
+        runs = told or next((name for name, reason in reasons.items() if reason is None), None)
+        for name in reasons:
+            if reasons[name] is None and name != runs:
+                reasons[name] = f"{runs} was asked for" if told else f"{runs} comes first"
+        return OpReport(self.name, runs, {n: r for n, r in reasons.items() if r is not None})
+
+
+@dataclass(frozen=True)
+class OpReport:
+    """Which backend of an op would run here.
+
+    Attributes:
+        op: Name of the op.
+        runs: Name of the backend, None if none can.
+        reasons: Why each of the others would not.
+    """
+
+    op: str
+    runs: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        others = "".join(f"; not {name}: {why}" for name, why in self.reasons.items())
+        return f"{self.op}: {self.runs}{others}"
+
+
+def backends() -> dict[str, OpReport]:
+    """Say for every op which backend would run here, and why the others would not."""
+    return {name: op.report() for name, op in sorted(_OPS.items())}
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on the backend ``name``."""
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)

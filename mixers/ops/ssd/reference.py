@@ -1,0 +1,324 @@
+"""The SSD scan in plain torch: chunked, linear in time and memory, any device, any float type.
+
+Mamba2's state space duality (arXiv 2405.21060), with C, B, X named as queries, keys and values of
+the attention that they come from, extended by LinMU's second direction (arXiv 2601.01322).
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mixers.errors import ShapeError
+from mixers.layout import Scan
+
+CHUNKS_PER_BLOCK = 32
+DENOMINATOR_FLOOR = 1e-6
+
+Decay = tuple[Tensor, Tensor]
+"""(log_a, dt), each [B, N, E] with E = G (decay per KV head) or H (per head); log_a ≤ 0 ≤ dt."""
+
+
+def ssd(
+    c: Tensor,
+    b: Tensor,
+    x: Tensor,
+    decay: Decay,
+    backward_decay: Decay | None = None,
+    *,
+    scan: Scan | None = None,
+    denominator: bool = False,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Scan tokens forward, and vision tokens backward within their clip.
+
+    With a = exp(log_a), and "before" and "after" along the scan order::
+
+        y_i = Σ_{j ≤ i} (Π_{k=j+1..i} a_k) dt_j (c_i·b_j) x_j
+            + [i is vision] Σ_{j > i, same clip} (Π_{k=i..j-1} a'_k) dt'_j (c_i·b_j) x_j
+
+    Padding, and text seen by the backward scan, is an identity step: no input, decay 1. Sums never
+    cross from one packed sequence into another. Accumulates in fp32, or fp64 for fp64 inputs.
+
+    Args:
+        c: Queries [B, N, H, K], scaled, in token order (as are b, x and the decays).
+        b: Keys [B, N, G, K], H a multiple of G; query head h reads KV head h // (H/G).
+        x: Values [B, N, G, P].
+        decay: (log_a, dt) of the forward scan.
+        backward_decay: (log_a, dt) of the backward scan. None: one direction only.
+        scan: Reading order and its tables. None: valid text in token order.
+        denominator: Divide y by the same sums with x = 1, so that y is a weighted mean of values
+            where c·b ≥ 0. The state then has one more column, the denominator's.
+        initial_state: [B, E, K, P (+1)], the forward state before the row's first sequence.
+        chunk_size: Tokens that are mixed by one matrix product.
+
+    Returns:
+        y [B, N, H, P] in token order and in x's dtype, and the forward state after the row's last
+        token [B, E, K, P (+1)] in the accumulation dtype.
+
+    Raises:
+        ShapeError: The shapes do not fit each other.
+    """
+    _check(c, b, x, decay, backward_decay)
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    batch, length, heads, _ = c.shape
+    scan = scan or Scan(None, None, None, None, None, None, None)
+    both = backward_decay is not None and scan.vision is not None
+    decays = (*decay, *backward_decay) if both and backward_decay is not None else decay
+    inputs = [t if scan.order is None else _take(t, scan.order) for t in (c, b, x, *decays)]
+    if decay[0].shape[-1] == heads:
+        group = heads // b.shape[2]
+        inputs[1:3] = [t.repeat_interleave(group, dim=2) for t in inputs[1:3]]
+
+    step = chunk_size * CHUNKS_PER_BLOCK
+    tables = [
+        _table(t, batch, length, c.device, fill)
+        for t, fill in zip((scan.valid, scan.sequence, scan.vision, scan.extent), (True, 0, False, -1))
+    ]
+    blocks = list(zip(*(t.split(step, dim=1) for t in (*inputs, *tables))))
+
+    columns = x.shape[-1] + denominator
+    shape = (batch, decay[0].shape[-1], c.shape[-1], columns)
+    state = torch.zeros(shape, dtype=accumulate, device=c.device) if initial_state is None else initial_state
+    state = state.to(accumulate)
+    entering = tables[1][:, 0] if length else torch.zeros(batch, dtype=torch.long, device=c.device)
+
+    n_in = len(inputs)
+    after = (
+        _backward_states(blocks, n_in, chunk_size, denominator, accumulate, shape)
+        if both
+        else [None] * len(blocks)
+    )
+    remember = len(blocks) > 1 and torch.is_grad_enabled()
+    outputs = []
+    for block, later in zip(blocks, after):
+        arguments = (block[:n_in], block[n_in:], state, entering, later, chunk_size, denominator, accumulate)
+        if remember:
+            y, state = checkpoint(_block, *arguments, use_reentrant=False)
+        else:
+            y, state = _block(*arguments)
+        entering = block[n_in + 1][:, -1]
+        outputs.append(y)
+    y = torch.cat(outputs, dim=1) if outputs else x.new_zeros(batch, 0, heads, x.shape[-1])
+    return (y if scan.inverse is None else _take(y, scan.inverse)), state
+
+
+def ssd_step(
+    c: Tensor, b: Tensor, x: Tensor, decay: Decay, state: Tensor, *, denominator: bool = False
+) -> Tensor:
+    """Advance the forward scan by one text token, updating ``state`` in place.
+
+    Args:
+        c: [B, H, K].
+        b: [B, G, K].
+        x: [B, G, P].
+        decay: (log_a, dt), each [B, E].
+        state: [B, E, K, P (+1)], as :func:`ssd` returns it.
+        denominator: As for :func:`ssd`.
+
+    Returns:
+        y [B, H, P] in x's dtype.
+    """
+    dtype = x.dtype
+    log_a, dt = (t.to(state.dtype) for t in decay)
+    heads = state.shape[1]
+    b, x = (
+        t.to(state.dtype).repeat_interleave(heads // t.shape[1], dim=1)
+        for t in (b, _with_ones(x, denominator))
+    )
+    state.mul_(log_a.exp()[..., None, None]).add_((dt[..., None] * b)[..., None] * x[:, :, None])
+    grouped = rearrange(c.to(state.dtype), "b (e r) k -> b e r k", e=heads)
+    y = rearrange(grouped @ state, "b e r p -> b (e r) p")
+    return _divided(y, denominator).to(dtype)
+
+
+def _block(
+    inputs: tuple[Tensor, ...],
+    tables: tuple[Tensor, ...],
+    state: Tensor,
+    entering: Tensor,
+    later: tuple[Tensor, Tensor] | None,
+    chunk: int,
+    denominator: bool,
+    accumulate: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Scan a block of chunks.
+
+    Args:
+        inputs: c, b, x, log_a, dt (and the backward log_a, dt) of the block.
+        tables: valid, sequence, vision, extent of the block.
+        state: Forward state before the block.
+        entering: [B] the sequence that the state is of.
+        later: Backward state after the block and the extent [B] that it is of.
+        chunk: Chunk size.
+        denominator: As for :func:`ssd`.
+        accumulate: Type to sum in.
+
+    Returns:
+        y of the block and the forward state after it.
+    """
+    length, dtype = inputs[0].shape[1], inputs[2].dtype
+    c, b, x, _valid, sequence, vision, extent, *decays = _chunked(
+        inputs, tables, chunk, denominator, accumulate
+    )
+    log_a, dt = decays[:2]
+    groups = b.shape[3]
+    c = rearrange(c, "b n q (g r) k -> b n g r q k", g=groups)
+    scores = c @ rearrange(b, "b n q g k -> b n g 1 k q")
+
+    total = log_a.cumsum(2)
+    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=c.device).tril()
+    same = sequence[:, :, :, None] == sequence[:, :, None]
+    weight = _weights(total, total, dt, causal & same)
+    if later is not None:
+        back_dt = decays[3]
+        back_total = decays[2].cumsum(2)
+        back_before = back_total - decays[2]
+        mine = (extent[:, :, :, None] == extent[:, :, None]) & vision[:, :, :, None]
+        weight = weight + _weights(-back_before, -back_before, back_dt, ~causal & mine)
+    y = (scores * weight) @ rearrange(x, "b n q g p -> b n g 1 q p")
+
+    last = sequence[:, :, -1]
+    before = torch.cat([entering[:, None], last[:, :-1]], dim=1)
+    to_end = (total[:, :, -1:] - total).exp() * dt * (sequence == last[:, :, None])[..., None]
+    sums = torch.einsum("bnqg,bnqgk,bnqgp->bngkp", to_end, b, x)
+    keep = total[:, :, -1].exp() * (last == before)[..., None]
+    states, state = _carry(state, keep, sums)
+    reach = total.exp() * (sequence == before[:, :, None])[..., None]
+    y = y + rearrange(reach, "b n q g -> b n g 1 q 1") * (c @ states[:, :, :, None])
+
+    if later is not None:
+        g_state, g_extent = later
+        sums, keep = _backward_sums(b, x, back_before, back_total, back_dt, extent, g_extent)
+        states, _ = _carry(g_state, keep.flip(1), sums.flip(1))
+        following = torch.cat([extent[:, 1:, 0], g_extent[:, None]], dim=1)
+        reach = (back_total[:, :, -1:] - back_before).exp()
+        reach = reach * ((extent == following[:, :, None]) & vision)[..., None]
+        y = y + rearrange(reach, "b n q g -> b n g 1 q 1") * (c @ states.flip(1)[:, :, :, None])
+
+    y = _divided(rearrange(y, "b n g r q p -> b (n q) (g r) p"), denominator)
+    return y[:, :length].to(dtype), state
+
+
+def _backward_states(
+    blocks: list[tuple[Tensor, ...]],
+    n_in: int,
+    chunk: int,
+    denominator: bool,
+    accumulate: torch.dtype,
+    shape: tuple[int, ...],
+) -> list[tuple[Tensor, Tensor]]:
+    """For each block, the backward state of all that comes after it and the extent it is of."""
+    device = blocks[0][0].device if blocks else None
+    state = torch.zeros(shape, dtype=accumulate, device=device)
+    extent = torch.full((shape[0],), -1, dtype=torch.long, device=device)
+    after = [(state, extent)]
+    for block in reversed(blocks[1:]):
+
+        def sweep(state: Tensor, extent: Tensor, block: tuple[Tensor, ...] = block) -> Tensor:
+            _, b, x, _, _, _, extents, *decays = _chunked(
+                block[:n_in], block[n_in:], chunk, denominator, accumulate
+            )
+            total = decays[2].cumsum(2)
+            sums, keep = _backward_sums(b, x, total - decays[2], total, decays[3], extents, extent)
+            return _carry(state, keep.flip(1), sums.flip(1))[1]
+
+        if torch.is_grad_enabled():
+            state = checkpoint(sweep, state, extent, use_reentrant=False)
+        else:
+            state = sweep(state, extent)
+        extent = block[n_in + 3][:, 0]
+        after.append((state, extent))
+    return after[::-1]
+
+
+def _backward_sums(
+    b: Tensor, x: Tensor, before: Tensor, total: Tensor, dt: Tensor, extent: Tensor, later: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Each chunk's own backward state at its start, and how much of the later state gets there."""
+    first = extent[:, :, 0]
+    weight = before.exp() * dt * (extent == first[:, :, None])[..., None]
+    sums = torch.einsum("bnqg,bnqgk,bnqgp->bngkp", weight, b, x)
+    following = torch.cat([first[:, 1:], later[:, None]], dim=1)
+    return sums, total[:, :, -1].exp() * (first == following)[..., None]
+
+
+def _carry(state: Tensor, keep: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Run s ← keep_n s + sums_n over chunks; return the state entering each chunk, and the last."""
+    states = []
+    for kept, added in zip(keep.unbind(1), sums.unbind(1)):
+        states.append(state)
+        state = kept[..., None, None] * state + added
+    return torch.stack(states, dim=1), state
+
+
+def _weights(at: Tensor, start: Tensor, dt: Tensor, mask: Tensor) -> Tensor:
+    """exp(at_i - start_j)·dt_j where mask, else 0; [B, n, Q, E] twice → [B, n, E, 1, Q, Q]."""
+    difference = rearrange(at, "b n i g -> b n g i 1") - rearrange(start, "b n j g -> b n g 1 j")
+    weight = difference.masked_fill(~mask[:, :, None], float("-inf")).exp()
+    return (weight * rearrange(dt, "b n j g -> b n g 1 j"))[:, :, :, None]
+
+
+def _chunked(
+    inputs: tuple[Tensor, ...],
+    tables: tuple[Tensor, ...],
+    chunk: int,
+    denominator: bool,
+    accumulate: torch.dtype,
+) -> list[Tensor]:
+    """Cut a block into chunks [B, n, Q, …], in the accumulation dtype, with identity steps made so."""
+    c, b, x, *decays = (t.to(accumulate) for t in inputs)
+    valid, sequence, vision, extent = tables
+    x = _with_ones(x, denominator)
+    active = [valid, valid, vision, vision]
+    decays = [d * m[..., None] for d, m in zip(decays, active)]
+    short = -c.shape[1] % chunk
+    if short:
+        c, b, x = (F.pad(t, (0, 0, 0, 0, 0, short)) for t in (c, b, x))
+        decays = [F.pad(t, (0, 0, 0, short)) for t in decays]
+        # The steps added go on with the last sequence and extent, so that states pass through them.
+        sequence, extent = (torch.cat([t, t[:, -1:].expand(-1, short)], 1) for t in (sequence, extent))
+        valid, vision = (F.pad(t, (0, short)) for t in (valid, vision))
+    return [t.unflatten(1, (-1, chunk)) for t in (c, b, x, valid, sequence, vision, extent, *decays)]
+
+
+def _with_ones(x: Tensor, denominator: bool) -> Tensor:
+    return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) if denominator else x
+
+
+def _divided(y: Tensor, denominator: bool) -> Tensor:
+    return y[..., :-1] / y[..., -1:].clamp_min(DENOMINATOR_FLOOR) if denominator else y
+
+
+def _take(t: Tensor, order: Tensor) -> Tensor:
+    """Reorder the tokens of t [B, N, …] by order [B, N]."""
+    index = order.reshape(*order.shape, *[1] * (t.ndim - 2)).expand_as(t)
+    return t.gather(1, index)
+
+
+def _table(t: Tensor | None, batch: int, length: int, device: torch.device, fill: bool | int) -> Tensor:
+    return torch.full((batch, length), fill, device=device) if t is None else t
+
+
+def _check(c: Tensor, b: Tensor, x: Tensor, decay: Decay, backward_decay: Decay | None) -> None:
+    batch, length, heads, _ = c.shape
+    groups = b.shape[2]
+    if heads % groups or b.shape != (batch, length, groups, c.shape[3]) or x.shape[:3] != b.shape[:3]:
+        raise ShapeError(
+            f"c [B, N, H, K], b [B, N, G, K] and x [B, N, G, P] do not fit: found {list(c.shape)}, "
+            f"{list(b.shape)} and {list(x.shape)}."
+        )
+    for name, pair in (("decay", decay), ("backward_decay", backward_decay)):
+        for t in pair or ():
+            if (
+                t.shape[:2] != (batch, length)
+                or t.shape[2] not in (groups, heads)
+                or t.shape != decay[0].shape
+            ):
+                raise ShapeError(
+                    f"{name} must be two tensors [B, N, E] with E = {groups} or {heads}, found {list(t.shape)}."
+                )

@@ -1,0 +1,62 @@
+"""Causal sliding-window attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixers.errors import ConfigError
+from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
+from mixers.layout import TokenLayout
+from mixers.recent import init_recent, recent_attention
+from mixers.registry import register
+from mixers.rotary import apply_rotary
+
+
+@dataclass(kw_only=True)
+class SlidingWindowConfig(MixerConfig):
+    """Settings of ``sliding_window``.
+
+    Args:
+        window: Tokens that each token looks at, itself included.
+    """
+
+    window: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1:
+            raise ConfigError(f"window must be at least 1, found {self.window}.")
+
+
+@register("sliding_window", config=SlidingWindowConfig)
+class SlidingWindow(TokenMixer):
+    """Softmax attention to the last ``window`` tokens, text and vision alike; O(N) time, constant state."""
+
+    config: SlidingWindowConfig
+
+    def mix_heads(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: TokenLayout,
+        rotary: Rotary | None,
+        state: MixerState | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend to recent tokens; see :meth:`TokenMixer.mix_heads`."""
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        y = recent_attention(
+            q, k, v, layout, state, window=self.config.window, scale=self.scale, text_only=False
+        )
+        return y, None
+
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> MixerState:
+        """Return the state of :func:`~mixers.recent.init_recent`."""
+        return init_recent(batch_size, self.config.window, self.num_kv_heads, self.head_dim, dtype, device)

@@ -1,0 +1,92 @@
+"""Local-Swin: attention inside small shifted 3-D windows of each clip (LinMU, arXiv 2601.01322)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixers.errors import ConfigError
+from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
+from mixers.layout import TokenLayout
+from mixers.ops import block_attention
+from mixers.recent import init_recent, recent_attention
+from mixers.registry import register
+from mixers.rotary import apply_rotary
+
+
+@dataclass(kw_only=True)
+class Swin3DConfig(MixerConfig):
+    """Settings of ``swin3d``.
+
+    Args:
+        window: Extent of a window in tokens along (t, h, w).
+        shift: Whether odd layers move the windows by half their extent.
+        text_window: Tokens that a text token looks back at, itself included, vision among them.
+            0, as in the paper: text takes no part.
+    """
+
+    window: tuple[int, int, int] = (4, 4, 4)
+    shift: bool = True
+    text_window: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_windows(self.window, self.text_window)
+
+
+def check_windows(window: tuple[int, ...], text_window: int) -> None:
+    """Raise ConfigError unless ``window`` is three positive ints and ``text_window`` is not negative."""
+    if len(window) != 3 or min(window) < 1:
+        raise ConfigError(f"window must be three positive extents (t, h, w), found {window}.")
+    if text_window < 0:
+        raise ConfigError(f"text_window must not be negative, found {text_window}.")
+
+
+@register("swin3d", config=Swin3DConfig)
+class Swin3D(TokenMixer):
+    """Softmax attention inside small 3-D windows of each clip, both directions, shifted on odd layers.
+
+    Windows are cut at the grid's border, without a cyclic wrap. Text tokens attend causally to the
+    last ``text_window`` tokens (ours, beyond the paper).
+    """
+
+    config: Swin3DConfig
+
+    def mix_heads(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: TokenLayout,
+        rotary: Rotary | None,
+        state: MixerState | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend within windows; see :meth:`TokenMixer.mix_heads`."""
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        shifted = self.config.shift and self.config.layer_idx % 2 == 1
+        windows = layout.windows(tuple(self.config.window), shifted)
+        y = None if windows is None else block_attention(q, k, v, windows, scale=self.scale)
+        if self.config.text_window == 0:
+            vision = layout.vision
+            covered = (
+                torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if vision is None else vision
+            )
+            return torch.zeros_like(q) if y is None else y, covered
+        text = recent_attention(
+            q, k, v, layout, state, window=self.config.text_window, scale=self.scale, text_only=True
+        )
+        return text if y is None else text + y, None
+
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> MixerState:
+        """Return the state of the text window, or an empty one where there is none."""
+        if self.config.text_window == 0:
+            return {}
+        return init_recent(
+            batch_size, self.config.text_window, self.num_kv_heads, self.head_dim, dtype, device
+        )

@@ -1,0 +1,82 @@
+"""What a dataset must offer to be distilled on and evaluated by generation: the `Task` protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Item = Mapping[str, Any]
+Batch = dict[str, Tensor]
+
+IGNORED = -100
+"""The label that the loss of every transformers model skips."""
+
+
+class TaskError(Exception):
+    """Base of all errors of the datasets."""
+
+
+class DatasetNotInstalled(TaskError, ImportError):
+    """The package that holds the data is missing."""
+
+
+class UnsupportedModel(TaskError, TypeError):
+    """The model cannot read what the task shows it."""
+
+
+class NoVisionTokens(TaskError, ValueError):
+    """An image is too small to give a single vision token."""
+
+
+class VideoTooShort(TaskError, ValueError):
+    """A video is too short to give a single temporal patch."""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Items to train on, items to be judged by, and the way between an item and the model's tensors.
+
+    `train` and `test` are map-style sequences of dicts, so they go to a `DataLoader` or a `Trainer` as they
+    are, with `collate` as the collator. A batch holds exactly the keyword arguments of the model's forward.
+
+    Attributes:
+        name: Short name for tables and file names.
+        train: Items of the training split.
+        test: Items of the split that accuracy is reported on.
+        max_new_tokens: Length of the longest answer, its end token included.
+    """
+
+    name: str
+    train: Sequence[Item]
+    test: Sequence[Item]
+    max_new_tokens: int
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        """Training batch: right-padded `input_ids`, `attention_mask` and `labels` [B, N], and the model's own.
+
+        `labels` is -100 except on the answer and its end token.
+        """
+        ...
+
+    def prompts(self, items: Sequence[Item]) -> Batch:
+        """Inputs of `generate()`: left-padded, without answers and without labels."""
+        ...
+
+    def score(self, item: Item, generated_ids: Tensor) -> float:
+        """1.0 if the newly generated ids [N] (the prompt cut off) are the item's answer, else 0.0."""
+        ...
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"]) -> Tensor:
+    """Stacks rows of unequal length into one int64 tensor [B, N], filled with `value` on one side."""
+    if not rows:
+        raise ValueError("cannot make a batch of no items: pass at least one")
+    length = max(map(len, rows))
+    batch = torch.full((len(rows), length), value, dtype=torch.long)
+    for row, ids in zip(batch, rows):
+        span = slice(0, len(ids)) if side == "right" else slice(length - len(ids), length)
+        row[span] = torch.tensor(ids, dtype=torch.long)
+    return batch
