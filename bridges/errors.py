@@ -1,0 +1,35 @@
+"""The errors that :mod:`bridges` raises; all derive from :class:`BridgeError`."""
+
+from __future__ import annotations
+
+
+class BridgeError(Exception):
+    """Base class of every error raised on purpose by :mod:`bridges`."""
+
+
+class UnknownFamilyError(BridgeError, LookupError):
+    """No family describes this model, or its attention is not found where the family says."""
+
+
+class UnsupportedAttentionError(BridgeError, ValueError):
+    """The teacher's attention does something that the chosen mixer cannot carry."""
+
+
+class AlreadyConvertedError(BridgeError, ValueError):
+    """The model is converted already, or wrapped in a way that hides its layers."""
+
+
+class LayerPatternError(BridgeError, ValueError):
+    """A layer pattern is malformed, matches nothing, or contradicts another."""
+
+
+class LayoutCaptureError(BridgeError, ValueError):
+    """The vision inputs do not match the tokens."""
+
+
+class CheckpointError(BridgeError, OSError):
+    """A checkpoint is missing, incomplete, truncated, or of another format."""
+
+
+class CacheError(BridgeError, RuntimeError):
+    """A cache was used in a way that a recurrent state does not allow."""

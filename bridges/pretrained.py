@@ -1,0 +1,283 @@
+"""Converted models as first-class Hugging Face models: their classes, config, saving and loading.
+
+A converted model's class is a subclass made on the fly from the teacher's class; its config's JSON says
+``model_type: "linmu"`` and ``base_model_type``, and holds the surgery record under the text config.
+Nothing in transformers is patched. Without ``import bridges`` loading fails with an unknown model type,
+never with the teacher's attention in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from bridges import masks
+from bridges.atomic import atomic_directory
+from bridges.attention import MixerAttention
+from bridges.errors import CheckpointError
+from bridges.families import Family, family_of
+from bridges.layout_capture import LayoutCapture
+from bridges.plan import Report
+from bridges.transfer import adopt_projections
+from mixers import get
+
+MODEL_TYPE = "linmu"
+RECORD = "linmu"
+FORMAT_VERSION = 1
+FP32_PARAMETERS = ("A_log", "dt_bias")
+WEIGHT_FILES = "model*.safetensors*"
+
+_AUTO_CLASSES = [
+    getattr(modeling_auto, name)
+    for name in (
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForImageTextToText",
+        "AutoModelForMultimodalLM",
+    )
+    if hasattr(modeling_auto, name)
+]
+
+
+def surgery_record(report: Report, layer_count: int) -> dict[str, Any]:
+    """Return what the config keeps of a conversion: enough to build the same modules again."""
+    return {
+        "version": FORMAT_VERSION,
+        "layer_count": layer_count,
+        "layers": {
+            str(row.index): {"mixer": row.mixer, "config": row.config.to_dict()} for row in report.layers
+        },
+    }
+
+
+def become_converted(model: PreTrainedModel, family: Family, record: dict[str, Any]) -> None:
+    """Give a model whose attention modules are replaced the class, config and hooks of a converted model."""
+    base_config, base_model = type(model.config), type(model)
+    text_config = model.config.get_text_config(decoder=True)
+    setattr(text_config, RECORD, record)
+    _register_auto(base_config)
+    model.config.__class__ = converted_config(base_config)
+    model.__class__ = converted_model(base_model)
+    _connect(model, family, record)
+
+
+def load_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a converted model that ``save_pretrained`` wrote.
+
+    Args:
+        path: Its directory.
+        **kwargs: For ``from_pretrained``, e.g. ``dtype`` or ``device_map``.
+
+    Raises:
+        CheckpointError: The directory is missing, is no converted model, is of a newer format, has
+            a truncated file, or does not hold exactly the model's parameters.
+    """
+    path = Path(path)
+    fields = _read_config(path)
+    _check_weights(path)
+    name = (fields.get("architectures") or [None])[0]
+    base = getattr(transformers, name or "", None)
+    if base is None:
+        raise CheckpointError(
+            f"{path / 'config.json'} names the architecture {name!r}, unknown to transformers."
+        )
+    config = AutoConfig.from_pretrained(path)
+    model, info = converted_model(base).from_pretrained(
+        path, config=config, output_loading_info=True, **kwargs
+    )
+    wrong = {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
+    if wrong or info.get("error_msgs"):
+        raise CheckpointError(
+            f"{path} does not hold exactly the model's parameters: {wrong or info['error_msgs']}."
+        )
+    return model
+
+
+@lru_cache(maxsize=None)
+def converted_model(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the subclass of a model class whose instances are converted.
+
+    It keeps the base's name and module, so transformers applies the base's own key conversions.
+    """
+    if issubclass(base, _Converted):
+        return base
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        _rebuild(self)
+
+    body = {
+        "__init__": __init__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_is_stateful": True,
+        "config_class": converted_config(base.config_class),
+    }
+    return type(base.__name__, (_Converted, base), body)
+
+
+class _Converted:
+    """What converted models do otherwise than their base; mixed into the classes made on the fly."""
+
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the base does, with the prompt's vision layout known to every layer."""
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        with self.layout_capture.prompt(self.config, ids, kwargs):  # type: ignore[attr-defined]
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save so that a kill or a full disk leaves an older checkpoint in that directory whole."""
+        record = getattr(self.config.get_text_config(decoder=True), RECORD)  # type: ignore[attr-defined]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, MixerAttention):
+                record["layers"][str(module.layer_idx)]["config"] = module.mixer.config.to_dict()
+        with atomic_directory(save_directory, replaces=WEIGHT_FILES) as temporary:
+            super().save_pretrained(temporary, **kwargs)  # type: ignore[misc]
+
+
+@lru_cache(maxsize=None)
+def converted_config(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Return the subclass of a config class whose JSON is recognised as a converted model's."""
+    if issubclass(base, _ConvertedConfig):
+        return base
+    body = {
+        "__module__": __name__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "base_class": base,
+    }
+    return type(base.__name__, (_ConvertedConfig, base), body)
+
+
+@lru_cache(maxsize=None)
+def _register_auto(base: type[PreTrainedConfig]) -> None:
+    """Let every Auto class that serves the base config serve its converted config."""
+    for auto in _AUTO_CLASSES:
+        try:
+            served = auto._model_mapping[base]
+        except KeyError:
+            continue
+        served = served[0] if isinstance(served, tuple) else served
+        auto.register(converted_config(base), converted_model(served), exist_ok=True)
+
+
+class _ConvertedConfig:
+    """What a converted model's config does otherwise than its base."""
+
+    base_class: type[PreTrainedConfig]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write ``model_type: "linmu"`` and the base's as ``base_model_type``."""
+        fields = super().to_dict()  # type: ignore[misc]
+        return {**fields, "base_model_type": fields["model_type"], "model_type": MODEL_TYPE}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read what :meth:`to_dict` wrote."""
+        fields = {k: v for k, v in config_dict.items() if k != "base_model_type"}
+        fields["model_type"] = cls.base_class.model_type
+        return super().from_dict(fields, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _restore_config, (self.base_class, self.__dict__.copy())
+
+
+class LinmuConfig(PreTrainedConfig):
+    """Entry of ``AutoConfig`` for converted models; hands over to the base's converted config."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build the converted config of ``base_model_type``."""
+        base = CONFIG_MAPPING[config_dict["base_model_type"]]
+        _register_auto(base)
+        return converted_config(base).from_dict(config_dict, **kwargs)
+
+
+AutoConfig.register(MODEL_TYPE, LinmuConfig, exist_ok=True)
+
+
+def _restore_config(base: type[PreTrainedConfig], fields: dict[str, Any]) -> PreTrainedConfig:
+    config_class = converted_config(base)
+    config = config_class.__new__(config_class)
+    config.__dict__.update(fields)
+    return config
+
+
+def _rebuild(model: Any) -> None:
+    """Replace the attention of a freshly constructed model as its config's record says."""
+    record = getattr(model.config.get_text_config(decoder=True), RECORD, None)
+    if record is None:
+        raise CheckpointError("the config has no surgery record; it is not of a converted model.")
+    family = family_of(model.config.model_type)
+    layers = family.layers(model)
+    for index, entry in record["layers"].items():
+        layer = layers[int(index)]
+        attention = family.attention(layer)
+        cls = get(entry["mixer"])
+        mixer = cls(cls.config_class.from_dict(entry["config"]), projections=False)
+        adopt_projections(mixer, attention, family)
+        setattr(layer, family.attention_name, MixerAttention(mixer, int(index)))
+    _connect(model, family, record)
+
+
+def _connect(model: Any, family: Family, record: dict[str, Any]) -> None:
+    decoder = model.get_decoder() or model
+    for module in {id(m): m for m in (model, decoder)}.values():
+        kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+        module._keep_in_fp32_modules_strict = kept | set(FP32_PARAMETERS)
+    if len(record["layers"]) == record["layer_count"]:
+        model.config.get_text_config(decoder=True)._attn_implementation_internal = masks.NAME
+    model.layout_capture = LayoutCapture(family)
+    model.layout_capture.attach(model, decoder)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        fields = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no converted model at {path}: {file} is missing.") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{file} is not JSON ({error}); the file is damaged, save the model again."
+        ) from error
+    if fields.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"{path} holds a {fields.get('model_type')!r} model, not a converted one; load it with transformers "
+            "and convert it by replace_attention."
+        )
+    record = fields.get(RECORD) or (fields.get("text_config") or {}).get(RECORD) or {}
+    if record.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is of format version {record.get('version')}, this linmu reads {FORMAT_VERSION}; update linmu."
+        )
+    return fields
+
+
+def _check_weights(path: Path) -> None:
+    """Raise CheckpointError unless every weight file that the checkpoint names is there and whole."""
+    index = path / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in names:
+        try:
+            with safe_open(path / name, framework="pt") as file:
+                file.keys()
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path / name} is missing; the checkpoint is incomplete.") from error
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path / name} is damaged or truncated ({error}); copy or save it again."
+            ) from error

@@ -1,0 +1,1 @@
+"""Benchmarks, one file each: prefill, decode, and the ops behind the mixers."""

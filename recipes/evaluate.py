@@ -1,0 +1,198 @@
+"""Accuracy by greedy generation, the same code for teacher and student, and perplexity beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recipes.data.task import IGNORED, Batch, Item, Task
+
+Progress = Callable[[int, int], None]
+"""Told (done, total) after each batch."""
+
+
+class EvaluationError(ValueError):
+    """There is nothing to evaluate, or what came out is no number."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The part of an evaluation with one category, or one right answer.
+
+    Attributes:
+        accuracy: Fraction of its questions that were answered rightly.
+        questions: How many there were.
+    """
+
+    accuracy: float
+    questions: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model answers.
+
+    Attributes:
+        task: Name of the task.
+        accuracy: Mean score, a fraction.
+        questions: Questions asked.
+        seconds: Wall-clock time, data preparation included.
+        groups: Accuracy by the item's ``"category"``, or else its ``"answer"``; empty if it has neither.
+    """
+
+    task: str
+    accuracy: float
+    questions: int
+    seconds: float
+    groups: dict[str, Group] = field(default_factory=dict)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a group, the largest first."""
+        ordered = sorted(self.groups.items(), key=lambda pair: -pair[1].questions)
+        return [{"group": name, "accuracy": g.accuracy, "questions": g.questions} for name, g in ordered]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How likely a model finds the labelled tokens of a task.
+
+    Secondary by design: log-likelihood alone flatters converted models, whose generation can fail at the
+    same perplexity (arXiv 2603.26556).
+
+    Attributes:
+        task: Name of the task.
+        perplexity: exp of the mean negative log-likelihood of a token.
+        tokens: Labelled tokens that it is the mean over.
+        seconds: Wall-clock time.
+    """
+
+    task: str
+    perplexity: float
+    tokens: int
+    seconds: float
+
+
+def evaluate(
+    model: PreTrainedModel,
+    task: Task,
+    *,
+    limit: int | None = None,
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Ask the questions of the task's test split and score the greedy answers.
+
+    Args:
+        model: Any model with ``generate()``; its mode (train or eval) is as before afterwards.
+        task: What to ask and how to score it.
+        limit: Ask so many questions, spread evenly over the split. None: all.
+        batch_size: Left-padded prompts a batch.
+        progress: Told after each batch.
+
+    Raises:
+        EvaluationError: The split is empty or ``limit`` is not positive.
+    """
+    items = _spread(task.test, limit, task.name)
+    start = time.perf_counter()
+    scores: list[float] = []
+    with _judged(model):
+        for chunk in _batches(items, batch_size):
+            inputs = _to(task.prompts(chunk), model.device)
+            outputs = model.generate(
+                **inputs, max_new_tokens=task.max_new_tokens, do_sample=False, num_beams=1
+            )
+            answers = outputs[:, inputs["input_ids"].shape[1] :].cpu()
+            scores += [float(task.score(item, answer)) for item, answer in zip(chunk, answers)]
+            if progress is not None:
+                progress(len(scores), len(items))
+    by_group: dict[str, list[float]] = {}
+    for item, score in zip(items, scores):
+        if (name := item.get("category", item.get("answer"))) is not None:
+            by_group.setdefault(str(name), []).append(score)
+    return Evaluation(
+        task=task.name,
+        accuracy=_mean(scores),
+        questions=len(scores),
+        seconds=time.perf_counter() - start,
+        groups={name: Group(_mean(values), len(values)) for name, values in by_group.items()},
+    )
+
+
+def perplexity(
+    model: PreTrainedModel,
+    task: Task,
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Measure the perplexity of the labelled tokens of the task's test split.
+
+    Args:
+        model: Any model whose forward takes labels and returns their mean loss.
+        task: Its ``collate`` makes the batches.
+        limit: Use so many items, spread evenly over the split. None: all.
+        batch_size: Items a batch.
+        progress: Told after each batch.
+
+    Raises:
+        EvaluationError: The split is empty, has no labelled token, or the loss is not a number.
+    """
+    items = _spread(task.test, limit, task.name)
+    start = time.perf_counter()
+    total, tokens, done = 0.0, 0, 0
+    with _judged(model):
+        for chunk in _batches(items, batch_size):
+            batch = _to(task.collate(chunk), model.device)
+            labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
+            if labelled:
+                total += float(model(**batch, use_cache=False).loss) * labelled
+            tokens += labelled
+            done += len(chunk)
+            if progress is not None:
+                progress(done, len(items))
+    if not tokens or not math.isfinite(total):
+        raise EvaluationError(f"{task.name}: the loss of {tokens} labelled tokens is {total}; no perplexity.")
+    return Perplexity(task.name, math.exp(total / tokens), tokens, time.perf_counter() - start)
+
+
+def _spread(items: Sequence[Item], limit: int | None, name: str) -> list[Item]:
+    """Every k-th item, so that a part of a sorted split stands for the whole."""
+    count = len(items) if limit is None else min(limit, len(items))
+    if count < 1:
+        raise EvaluationError(
+            f"{name}: no question to ask; the test split has {len(items)} items and limit is {limit}."
+        )
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+@contextlib.contextmanager
+def _judged(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode and no gradients inside the block."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():  # tensors made in inference mode and kept by the model could not train later
+            yield
+    finally:
+        model.train(training)
+
+
+def _to(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

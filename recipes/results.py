@@ -1,0 +1,189 @@
+"""Results files: every measured figure as JSON, with the command, device, versions and commit behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+Row = Mapping[str, Any]
+
+PACKAGES = ("linmu", "torch", "transformers", "accelerate", "peft", "triton")
+
+
+class ResultsError(ValueError):
+    """A results file cannot be written as it is, or what was read is not one."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one command measured.
+
+    Attributes:
+        command: The command line that made it.
+        figures: The few numbers that are quoted, by name. Accuracies and ratios are fractions.
+        rows: The table behind them.
+        date: When, UTC, ISO 8601.
+        device: On what; see :func:`describe_device`.
+        versions: Package → version, Python included.
+        commit: Commit of the checkout that ran, ``-dirty`` if it had changes; None outside a checkout.
+    """
+
+    command: str
+    figures: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    date: str = field(
+        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    )
+    device: str = field(default_factory=lambda: describe_device())
+    versions: dict[str, str] = field(default_factory=lambda: describe_versions())
+    commit: str | None = field(default_factory=lambda: describe_commit())
+
+    def write(self, path: Path | str) -> None:
+        """Write the file, whole or not at all: a kill or a full disk leaves an older one as it was.
+
+        Raises:
+            ResultsError: A value is not JSON, NaN and infinities included.
+        """
+        ordered = ("command", "date", "device", "versions", "commit", "figures", "rows")
+        content = {name: getattr(self, name) for name in ordered}
+        try:
+            text = json.dumps(content, indent=2, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ResultsError(
+                f"{path}: not written, a value is not JSON: {error}; found {_not_json(content)}."
+            ) from error
+        write_atomically(Path(path), text + "\n")
+
+    @classmethod
+    def read(cls, path: Path | str) -> Results:
+        """Read a file that :meth:`write` made.
+
+        Raises:
+            ResultsError: It is not JSON, or has other fields.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+        except ValueError as error:
+            raise ResultsError(f"{path} is not JSON: {error}.") from error
+        want = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(content, dict) or set(content) != want:
+            found = sorted(content) if isinstance(content, dict) else type(content).__name__
+            raise ResultsError(f"{path} is no results file: it needs the fields {sorted(want)}, found {found}.")
+        return cls(**content)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file through a temporary one beside it; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def describe_device() -> str:
+    """Say what torch would compute on: the GPUs, or the processor and how many threads use it."""
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return " + ".join(f"{names.count(name)}× {name}" for name in dict.fromkeys(names))
+    return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def describe_versions() -> dict[str, str]:
+    """Return the versions of Python, linmu and the packages that decide its figures, where installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def describe_commit() -> str | None:
+    """Return the commit of the checkout that this package stands in; None if it stands in none."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        git = ["git", "-C", str(root)]
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True)
+        if Path(top.stdout.strip()) != root:
+            return None
+        described = subprocess.run(
+            [*git, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def table(rows: Sequence[Row], title: str | None = None, columns: Iterable[str] | None = None) -> Table:
+    """Lay rows out as a rich table.
+
+    Args:
+        rows: What to show; a missing or None value is shown as a dash.
+        title: Printed above.
+        columns: Keys to show, in order. Default: all, as they first occur.
+    """
+    keys = list(dict.fromkeys(key for row in rows for key in row)) if columns is None else list(columns)
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for key in keys:
+        numeric = any(isinstance(row.get(key), int | float) for row in rows)
+        drawn.add_column(key.replace("_", " "), justify="right" if numeric else "left")
+    for row in rows:
+        drawn.add_row(*(show(row.get(key)) for key in keys))
+    return drawn
+
+
+def show(value: Any) -> str:
+    """Format a value for a table: integers in full, other numbers to three digits, None as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _not_json(value: Any, name: str = "") -> str:
+    """Name the first values that JSON cannot hold."""
+    if isinstance(value, Mapping):
+        parts = [_not_json(v, f"{name}.{k}" if name else str(k)) for k, v in value.items()]
+    elif isinstance(value, list | tuple):
+        parts = [_not_json(v, f"{name}[{i}]") for i, v in enumerate(value)]
+    elif isinstance(value, float) and not math.isfinite(value):
+        return f"{name} = {value}"
+    elif value is None or isinstance(value, str | int | float):
+        return ""
+    else:
+        return f"{name} of type {type(value).__name__}"
+    return ", ".join(part for part in parts if part)
