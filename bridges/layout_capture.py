@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bridges.attention import LAYOUT_KWARG
 from bridges.errors import LayoutCaptureError
@@ -93,15 +94,7 @@ class LayoutCapture:
     ) -> TokenLayout:
         clip, coords = (None, None) if clips is None else (clips.clip, clips.coords)
         if self._prompt is not None and seen < self._prompt.length:
-            if seen + length > self._prompt.length or batch % self._prompt.batch_size:
-                raise LayoutCaptureError(
-                    f"forward got tokens {seen}…{seen + length - 1} of {batch} rows, but the prompt has "
-                    f"{self._prompt.length} tokens in {self._prompt.batch_size} rows."
-                )
-            repeats = batch // self._prompt.batch_size
-            rows = torch.arange(self._prompt.batch_size, device=device).repeat_interleave(repeats)
-            part = self._prompt.to(device).select(rows, slice(seen, seen + length))
-            clip, coords = part.clip, part.coords
+            clip, coords = self._prompt_part(batch, slice(seen, seen + length), device)
         valid = sequence = None
         if isinstance(mask, Tensor) and mask.ndim == 2:
             valid = torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -112,6 +105,22 @@ class LayoutCapture:
         return TokenLayout(
             batch, length, valid=valid, sequence=sequence, clip=clip, coords=coords, device=device
         )
+
+    def _prompt_part(
+        self, batch: int, tokens: slice, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Clips of a span of the prompt, in all beams, and text where the span goes past its end."""
+        assert self._prompt is not None
+        if batch % self._prompt.batch_size:
+            raise LayoutCaptureError(
+                f"forward got {batch} rows, which is no multiple of the prompt's {self._prompt.batch_size}."
+            )
+        rows = torch.arange(self._prompt.batch_size).repeat_interleave(batch // self._prompt.batch_size)
+        part = self._prompt.to(device).select(rows, tokens)
+        if part.clip is None or part.coords is None:
+            return None, None
+        beyond = tokens.stop - tokens.start - part.length
+        return F.pad(part.clip, (0, beyond), value=-1), F.pad(part.coords, (0, 0, 0, beyond))
 
 
 def _packed_sequences(
@@ -127,7 +136,7 @@ def _packed_sequences(
     if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
         return TokenLayout.packed(bounds).sequence
     positions = kwargs.get("position_ids")
-    if positions is None or positions.ndim == 3 and len(positions) != 4:
+    if positions is None or (positions.ndim == 3 and len(positions) != 4):
         return None
     positions = positions[0] if positions.ndim == 3 else positions
     restarts = positions.to(device).diff(dim=1, prepend=positions[:, :1].to(device) - 1) != 1

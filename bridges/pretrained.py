@@ -9,7 +9,7 @@ never with the teacher's attention in silence.
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def load_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-@lru_cache(maxsize=None)
+@cache
 def converted_model(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return the subclass of a model class whose instances are converted.
 
@@ -144,7 +144,7 @@ class _Converted:
             super().save_pretrained(temporary, **kwargs)  # type: ignore[misc]
 
 
-@lru_cache(maxsize=None)
+@cache
 def converted_config(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Return the subclass of a config class whose JSON is recognised as a converted model's."""
     if issubclass(base, _ConvertedConfig):
@@ -158,7 +158,7 @@ def converted_config(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     return type(base.__name__, (_ConvertedConfig, base), body)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _register_auto(base: type[PreTrainedConfig]) -> None:
     """Let every Auto class that serves the base config serve its converted config."""
     for auto in _AUTO_CLASSES:

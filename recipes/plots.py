@@ -1,0 +1,175 @@
+"""Pictures of results, by matplotlib without a display. Colours are told apart by the colour-blind (Okabe-Ito)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+INK, GREY = "#222222", "#8a8a8a"
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "osD^vP"
+
+
+class PlotError(RuntimeError):
+    """Matplotlib is missing, or there is nothing to draw."""
+
+
+def demo(
+    path: Path | str, title: str, accuracy: Mapping[str, float], prefill: Sequence[Row], history: Sequence[Row]
+) -> None:
+    """Draw the demo's one picture: accuracy, prefill time and memory, and the losses of the stages.
+
+    Args:
+        path: File to write; its ending chooses the format.
+        title: Above all.
+        accuracy: Label → fraction, in the order to show; the first is the teacher.
+        prefill: Rows of :func:`recipes.bench.prefill.prefill`.
+        history: Rows of a distillation: ``stage``, ``step``, ``loss``.
+    """
+    figure = _figure(13.5, 8.2)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    left, middle, right = top.subplots(1, 3, width_ratios=(1, 1.15, 1.15))
+    draw_accuracy(left, accuracy)
+    draw_scaling(middle, prefill, "seconds", "prefill time (s)")
+    draw_scaling(right, prefill, "peak_mib", "prefill memory above weights (MiB)")
+    draw_losses(bottom, history)
+    top.suptitle(title, fontweight="bold", fontsize=13)
+    _save(figure, path)
+
+
+def scaling(path: Path | str, title: str, rows: Sequence[Row], values: Mapping[str, str], by: str = "model") -> None:
+    """Draw one log-log panel a value against tokens, a line for each model (or op).
+
+    Args:
+        path: File to write.
+        title: Above all.
+        rows: Each with ``tokens``, the values, and who they are of.
+        values: Key in the rows → axis label.
+        by: Key that says who.
+    """
+    figure = _figure(5.2 * len(values) + 1, 4.4)
+    for axes, (value, label) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items()):
+        draw_scaling(axes, rows, value, label, by)
+    figure.suptitle(title, fontweight="bold")
+    _save(figure, path)
+
+
+def accuracies(path: Path | str, title: str, groups: Mapping[str, float]) -> None:
+    """Draw one bar a group."""
+    figure = _figure(max(4.0, 1.2 + 0.8 * len(groups)), 4.4)
+    draw_accuracy(figure.subplots(), groups)
+    figure.suptitle(title, fontweight="bold")
+    _save(figure, path)
+
+
+def losses(path: Path | str, title: str, history: Sequence[Row]) -> None:
+    """Draw the losses of a distillation, one panel a stage.
+
+    Args:
+        path: File to write.
+        title: Above all.
+        history: Rows with ``stage``, ``step`` and ``loss``.
+    """
+    figure = _figure(3.9 * max(1, len({row["stage"] for row in history})) + 1, 3.8)
+    draw_losses(figure, history)
+    figure.suptitle(title, fontweight="bold")
+    _save(figure, path)
+
+
+def draw_accuracy(axes: Axes, accuracy: Mapping[str, float]) -> None:
+    """Bars of fractions, labelled in percent; the first, the yardstick, also as a line across."""
+    values = list(accuracy.values())
+    colours = [COLOURS[0], *[COLOURS[1]] * (len(values) - 1)]
+    bars = axes.bar(range(len(values)), values, color=colours, width=0.66)
+    axes.bar_label(bars, [f"{value:.1%}" for value in values], padding=2, color=INK)
+    if values:
+        axes.axhline(values[0], color=COLOURS[0], linestyle=":", linewidth=1, zorder=0)
+    axes.set_xticks(range(len(values)), list(accuracy), fontsize=9, rotation=30 if len(values) > 5 else 0)
+    axes.set_ylim(0, 1.08)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_title("accuracy by generation", fontsize=10.5)
+    axes.grid(axis="y", alpha=0.25)
+
+
+def draw_scaling(axes: Axes, rows: Sequence[Row], value: str, label: str, by: str = "model") -> None:
+    """One line for each model on log-log axes; the two slopes, linear and quadratic, are drawn faintly."""
+    for (name, colour), marker in zip(
+        zip(dict.fromkeys(row[by] for row in rows), itertools.cycle(COLOURS)), itertools.cycle(MARKERS)
+    ):
+        points = [(row["tokens"], row[value]) for row in rows if row[by] == name and row[value] is not None]
+        if points:
+            axes.plot(*zip(*points), color=colour, marker=marker, markersize=5, linewidth=2, label=name)
+    lengths = sorted({row["tokens"] for row in rows})
+    measured = [row[value] for row in rows if row[value] is not None]
+    if measured and len(lengths) > 1:
+        low, high = min(measured) * 0.55, max(measured) * 1.8
+        for power, name in ((1, "linear"), (2, "quadratic")):
+            slope = [low * (n / lengths[0]) ** power for n in lengths]
+            shown = [(n, y) for n, y in zip(lengths, slope) if y <= high]
+            axes.plot(*zip(*shown), color=GREY, linestyle="--", linewidth=1, zorder=0)
+            axes.annotate(f" {name}", shown[-1], color=GREY, fontsize=8.5, va="center")
+        axes.set_ylim(low * 0.8, high)
+        axes.set_xlim(lengths[0] * 0.85, lengths[-1] * 1.9)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [_thousands(n) for n in lengths])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.set_xlabel("tokens in the prompt")
+    axes.set_title(label, fontsize=10.5)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="upper left")
+
+
+def draw_losses(figure: Any, history: Sequence[Row]) -> None:
+    """One panel a stage, each loss that the stage has in its own colour; losses keep it over the stages."""
+    stages = list(dict.fromkeys(row["stage"] for row in history))
+    if not stages:
+        raise PlotError("there is no loss to draw: the history is empty.")
+    names = list(dict.fromkeys(name for row in history for name in row if _is_loss(name)))
+    style = dict(zip(names, zip(itertools.cycle([INK, *COLOURS[1:], COLOURS[0]]), itertools.cycle(("-",)))))
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
+        for name in names:
+            points = [(r["step"], r[name]) for r in history if r["stage"] == stage and r.get(name) is not None]
+            if points:
+                colour, line = style[name]
+                axes.plot(*zip(*points), color=colour, linestyle=line, linewidth=1.6, label=name.replace("_", " "))
+        axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.set_title(f"losses, stage {stage}", fontsize=10.5)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8.5)
+
+
+def _is_loss(name: str) -> bool:
+    return name not in ("stage", "step", "learning_rate", "tokens", "seconds")
+
+
+def _thousands(number: int) -> str:
+    return f"{number / 1024:.0f}k" if number >= 1024 else str(number)
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlotError('pictures need matplotlib: pip install "linmu[eval]"') from error
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path | str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    for axes in figure.findobj(match=lambda artist: hasattr(artist, "spines")):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
