@@ -118,7 +118,7 @@ def mixer_layer(cache: Cache, layer_idx: int) -> MixerCacheLayer:
         layers.append(MixerCacheLayer())
     layer = layers[layer_idx]
     if not isinstance(layer, MixerCacheLayer):
-        if layer.get_seq_length() > 0:
+        if isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > 0:
             raise CacheError(
                 f"cache layer {layer_idx} already holds keys and values of another model; start from an empty cache."
             )

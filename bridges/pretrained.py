@@ -60,7 +60,8 @@ def surgery_record(report: Report, layer_count: int) -> dict[str, Any]:
 
 def become_converted(model: PreTrainedModel, family: Family, record: dict[str, Any]) -> None:
     """Give a model whose attention modules are replaced the class, config and hooks of a converted model."""
-    base_config, base_model = type(model.config), type(model)
+    base_config: Any = type(model.config)
+    base_model: Any = type(model)
     text_config = model.config.get_text_config(decoder=True)
     setattr(text_config, RECORD, record)
     _register_auto(base_config)
@@ -102,7 +103,7 @@ def load_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 
 @cache
-def converted_model(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def converted_model(base: Any) -> Any:
     """Return the subclass of a model class whose instances are converted.
 
     It keeps the base's name and module, so transformers applies the base's own key conversions.
@@ -145,7 +146,7 @@ class _Converted:
 
 
 @cache
-def converted_config(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+def converted_config(base: Any) -> Any:
     """Return the subclass of a config class whose JSON is recognised as a converted model's."""
     if issubclass(base, _ConvertedConfig):
         return base
@@ -159,7 +160,7 @@ def converted_config(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 
 @cache
-def _register_auto(base: type[PreTrainedConfig]) -> None:
+def _register_auto(base: Any) -> None:
     """Let every Auto class that serves the base config serve its converted config."""
     for auto in _AUTO_CLASSES:
         try:
@@ -199,7 +200,7 @@ class LinmuConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build the converted config of ``base_model_type``."""
-        base = CONFIG_MAPPING[config_dict["base_model_type"]]
+        base: Any = CONFIG_MAPPING[config_dict["base_model_type"]]
         _register_auto(base)
         return converted_config(base).from_dict(config_dict, **kwargs)
 
@@ -207,7 +208,7 @@ class LinmuConfig(PreTrainedConfig):
 AutoConfig.register(MODEL_TYPE, LinmuConfig, exist_ok=True)
 
 
-def _restore_config(base: type[PreTrainedConfig], fields: dict[str, Any]) -> PreTrainedConfig:
+def _restore_config(base: Any, fields: dict[str, Any]) -> PreTrainedConfig:
     config_class = converted_config(base)
     config = config_class.__new__(config_class)
     config.__dict__.update(fields)

@@ -57,7 +57,7 @@ def replace_attention(
     return report
 
 
-def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
+def attention_layers(model: Any) -> dict[int, nn.Module]:
     """Return decoder layer index → its attention module, converted or not.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -70,7 +71,7 @@ class Gated(TokenMixer):
             bias = {"out_bias": config.out_bias and not branches}
             branch_config = cls.config_class.from_dict({**common, **bias, **own})
             branches[name] = cls(branch_config, projections=projections and not config.share_projections)
-        self.branches = nn.ModuleDict(branches)
+        self.branches: dict[str, TokenMixer] = nn.ModuleDict(branches)  # type: ignore[assignment]
         weights = len(branches) - 1
         self.gate = nn.Linear(config.dim, weights * (self.num_heads if config.gate == "head" else 1))
         nn.init.zeros_(self.gate.weight)
@@ -104,8 +105,8 @@ class Gated(TokenMixer):
         shared = self.project(x) if self.config.share_projections else None
         mixed = self._gated_branches(x, shared, layout, rotary, state)
         if shared is not None:
-            return self.o_proj(sum(y for _, y in mixed).flatten(2))
-        return sum(self.branches[name].o_proj(y.flatten(2)) for name, y in mixed)
+            return self.o_proj(_total(y for _, y in mixed).flatten(2))
+        return _total(self.branches[name].o_proj(y.flatten(2)) for name, y in mixed)
 
     def mix_heads(
         self,
@@ -118,7 +119,8 @@ class Gated(TokenMixer):
         state: MixerState | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Mix with the projections of an enclosing gated mixer; see :meth:`TokenMixer.mix_heads`."""
-        return sum(y for _, y in self._gated_branches(x, (q, k, v), layout, rotary, state)), None
+        mixed = self._gated_branches(x, (q, k, v), layout, rotary, state)
+        return _total(y for _, y in mixed), None
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -169,6 +171,10 @@ class Gated(TokenMixer):
             )
         weights = torch.stack(rows, dim=2).softmax(dim=2)
         return {name: weights[:, :, i, :, None] for i, name in enumerate(outputs)}
+
+
+def _total(tensors: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
 
 
 def _substate(state: MixerState, name: str) -> MixerState:

@@ -103,7 +103,8 @@ class MixerConfig:
                 )
         if "dim" not in fields:
             raise ConfigError(f"{cls.__name__} needs dim, the model width.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**values)
 
 
 class TokenMixer(nn.Module):

@@ -189,7 +189,8 @@ class TokenLayout:
     @property
     def vision(self) -> Tensor | None:
         """Bool [B, N], True at vision tokens; None where there are none."""
-        return None if self.clip is None else self._kept("vision", lambda: self.clip >= 0)
+        clip = self.clip
+        return None if clip is None else self._kept("vision", lambda: clip >= 0)
 
     @property
     def extent(self) -> Tensor | None:

@@ -55,7 +55,9 @@ def recent_attention(
         seen = key_valid.clone()
         seen[:, -1] = True
         y = F.scaled_dot_product_attention(
-            *(t.transpose(1, 2) for t in (q, k, v)),
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
             attn_mask=seen[:, None, None],
             scale=scale,
             enable_gqa=q.shape[2] != k.shape[2],

@@ -68,7 +68,7 @@ class Swin3D(TokenMixer):
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         shifted = self.config.shift and self.config.layer_idx % 2 == 1
-        windows = layout.windows(tuple(self.config.window), shifted)
+        windows = layout.windows(self.config.window, shifted)
         y = None if windows is None else block_attention(q, k, v, windows, scale=self.scale)
         if self.config.text_window == 0:
             vision = layout.vision

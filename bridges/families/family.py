@@ -49,11 +49,11 @@ class Family:
             )
         return list(decoder.layers)
 
-    def attention(self, layer: nn.Module) -> nn.Module:
+    def attention(self, layer: nn.Module) -> Any:
         """Return the self-attention module of a layer."""
         return getattr(layer, self.attention_name)
 
-    def mixer_fields(self, attention: nn.Module, text_config: Any) -> dict[str, Any]:
+    def mixer_fields(self, attention: Any, text_config: Any) -> dict[str, Any]:
         """Return the fields of :class:`mixers.MixerConfig` that reproduce this attention.
 
         Raises:
@@ -78,7 +78,7 @@ class Family:
             "scale": float(attention.scaling),
         }
 
-    def dropped(self, attention: nn.Module, mixer: str) -> list[str]:
+    def dropped(self, attention: Any, mixer: str) -> list[str]:
         """Name what this attention does that ``mixer`` will not do.
 
         Raises:
