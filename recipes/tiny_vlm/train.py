@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from recipes.data.easyvqa import EasyVQA
 from recipes.data.task import Batch, Item, Task
 from recipes.tiny_vlm.build import build_model, build_tokenizer
+from recipes.tiny_vlm.packing import Packer, attend_in_one_call, by_image
 
 
 def accuracy(model: PreTrainedModel, task: Task, items: Sequence[Item], batch_size: int) -> float:
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
     parser.add_argument("--epochs", type=float, default=10.0)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop here if the epochs take longer")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=32, help="images a step, with all their questions")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
@@ -103,12 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer).to(options.device)
     task = EasyVQA(model.config, tokenizer)
+    attend_in_one_call(model)
     loader = DataLoader(
-        task.train,
+        by_image(task.train),
         options.batch_size,
         shuffle=True,
         drop_last=True,
-        collate_fn=task.collate,
+        collate_fn=Packer(model, task),
         num_workers=options.workers,
         persistent_workers=options.workers > 0,
     )
