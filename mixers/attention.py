@@ -39,12 +39,10 @@ class Attention(TokenMixer):
         valid, past = layout.valid, 0
         if state is not None:
             past = state["k"].shape[1]
-            current = torch.ones(*k.shape[:2], dtype=torch.bool, device=k.device) if valid is None else valid
-            with torch.no_grad():
-                state["k"] = torch.cat([state["k"], k], dim=1)
-                state["v"] = torch.cat([state["v"], v], dim=1)
-                state["valid"] = torch.cat([state["valid"], current], dim=1)
-            k, v, valid = state["k"].to(q.dtype), state["v"].to(q.dtype), state["valid"]
+            current = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if valid is None else valid
+            k, v = (torch.cat([state[n].to(t.dtype), t], dim=1) for n, t in (("k", k), ("v", v)))
+            valid = torch.cat([state["valid"], current], dim=1)
+            state.update(k=k.detach(), v=v.detach(), valid=valid)
             if bool(valid.all()):
                 valid = None
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))

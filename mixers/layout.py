@@ -438,7 +438,9 @@ class TokenLayout:
             key_sequence = torch.where(in_row, self.sequence[group_row[:, None], token], first)
             query_sequence = self.sequence.flatten()[queries.clamp_min(0)]
             allowed = allowed & (query_sequence[:, :, None] == key_sequence[:, None])
-        return Blocks(queries, keys, allowed)
+        # Short rows and rare text fill few of the slots; the empty columns would be computed in vain.
+        asked, held = (queries >= 0).any(0), (keys >= 0).any(0)
+        return Blocks(queries[:, asked], keys[:, held], allowed[:, asked][:, :, held])
 
 
 def _contiguous_sequences(sequence: Tensor, valid: Tensor | None) -> Tensor:

@@ -6,6 +6,8 @@ the attention that they come from, extended by LinMU's second direction (arXiv 2
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -63,9 +65,14 @@ def ssd(
     Raises:
         ShapeError: The shapes do not fit each other.
     """
-    _check(c, b, x, decay, backward_decay)
+    batch, length, heads, width = c.shape
+    shape = (batch, decay[0].shape[-1], width, x.shape[-1] + denominator)
+    _check(c, b, x, decay, backward_decay, initial_state, shape)
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    batch, length, heads, _ = c.shape
+    state = torch.zeros(shape, device=c.device) if initial_state is None else initial_state
+    state = state.to(accumulate)
+    if not length:
+        return x.new_zeros(batch, 0, heads, x.shape[-1]), state
     scan = scan or Scan(None, None, None, None, None, None, None)
     both = backward_decay is not None and scan.vision is not None
     decays = (*decay, *backward_decay) if both and backward_decay is not None else decay
@@ -74,36 +81,30 @@ def ssd(
         group = heads // b.shape[2]
         inputs[1:3] = [t.repeat_interleave(group, dim=2) for t in inputs[1:3]]
 
+    chunk_size = _ceil_div(length, _ceil_div(length, chunk_size))  # even chunks need the least padding
     step = chunk_size * CHUNKS_PER_BLOCK
     tables = [
         _table(t, batch, length, c.device, fill)
         for t, fill in zip((scan.valid, scan.sequence, scan.vision, scan.extent), (True, 0, False, -1))
     ]
     blocks = list(zip(*(t.split(step, dim=1) for t in (*inputs, *tables))))
-
-    columns = x.shape[-1] + denominator
-    shape = (batch, decay[0].shape[-1], c.shape[-1], columns)
-    state = torch.zeros(shape, dtype=accumulate, device=c.device) if initial_state is None else initial_state
-    state = state.to(accumulate)
-    entering = tables[1][:, 0] if length else torch.zeros(batch, dtype=torch.long, device=c.device)
-
-    n_in = len(inputs)
-    after = (
-        _backward_states(blocks, n_in, chunk_size, denominator, accumulate, shape)
-        if both
-        else [None] * len(blocks)
-    )
+    entering, n_in = tables[1][:, 0], len(inputs)
     remember = len(blocks) > 1 and torch.is_grad_enabled()
+    after: list[tuple[Tensor, Tensor] | None] = [None] * len(blocks)
     outputs = []
-    for block, later in zip(blocks, after):
-        arguments = (block[:n_in], block[n_in:], state, entering, later, chunk_size, denominator, accumulate)
-        if remember:
-            y, state = checkpoint(_block, *arguments, use_reentrant=False)
-        else:
-            y, state = _block(*arguments)
-        entering = block[n_in + 1][:, -1]
-        outputs.append(y)
-    y = torch.cat(outputs, dim=1) if outputs else x.new_zeros(batch, 0, heads, x.shape[-1])
+    with _without_autocast(c.device):
+        if both:
+            after = _backward_states(blocks, n_in, chunk_size, denominator, accumulate, shape)
+        for block, later in zip(blocks, after):
+            given, masks = block[:n_in], block[n_in:]
+            arguments = (given, masks, state, entering, later, chunk_size, denominator, accumulate)
+            if remember:
+                y, state = checkpoint(_block, *arguments, use_reentrant=False)
+            else:
+                y, state = _block(*arguments)
+            entering = block[n_in + 1][:, -1]
+            outputs.append(y)
+    y = torch.cat(outputs, dim=1)
     return (y if scan.inverse is None else _take(y, scan.inverse)), state
 
 
@@ -132,7 +133,8 @@ def ssd_step(
     )
     state.mul_(log_a.exp()[..., None, None]).add_((dt[..., None] * b)[..., None] * x[:, :, None])
     grouped = rearrange(c.to(state.dtype), "b (e r) k -> b e r k", e=heads)
-    y = rearrange(grouped @ state, "b e r p -> b (e r) p")
+    with _without_autocast(c.device):
+        y = rearrange(grouped @ state, "b e r p -> b (e r) p")
     return _divided(y, denominator).to(dtype)
 
 
@@ -170,25 +172,23 @@ def _block(
     c = rearrange(c, "b n q (g r) k -> b n g r q k", g=groups)
     scores = c @ rearrange(b, "b n q g k -> b n g 1 k q")
 
-    total = log_a.cumsum(2)
-    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=c.device).tril()
-    same = sequence[:, :, :, None] == sequence[:, :, None]
-    weight = _weights(total, total, dt, causal & same)
+    total, pairs = _totals(log_a, sequence)
+    weight = _weights(total, total, dt, pairs)
     if later is not None:
         back_dt = decays[3]
-        back_total = decays[2].cumsum(2)
+        back_total, pairs = _totals(decays[2], extent)
         back_before = back_total - decays[2]
-        mine = (extent[:, :, :, None] == extent[:, :, None]) & vision[:, :, :, None]
-        weight = weight + _weights(-back_before, -back_before, back_dt, ~causal & mine)
+        later_pairs = pairs.mT & ~pairs & vision[:, :, :, None]
+        weight = weight + _weights(-back_before, -back_before, back_dt, later_pairs)
     y = (scores * weight) @ rearrange(x, "b n q g p -> b n g 1 q p")
 
     last = sequence[:, :, -1]
     before = torch.cat([entering[:, None], last[:, :-1]], dim=1)
-    to_end = (total[:, :, -1:] - total).exp() * dt * (sequence == last[:, :, None])[..., None]
+    to_end = _exp_where(sequence == last[:, :, None], total[:, :, -1:] - total) * dt
     sums = torch.einsum("bnqg,bnqgk,bnqgp->bngkp", to_end, b, x)
-    keep = total[:, :, -1].exp() * (last == before)[..., None]
+    keep = _exp_where(last == before, total[:, :, -1])
     states, state = _carry(state, keep, sums)
-    reach = total.exp() * (sequence == before[:, :, None])[..., None]
+    reach = _exp_where(sequence == before[:, :, None], total)
     y = y + rearrange(reach, "b n q g -> b n g 1 q 1") * (c @ states[:, :, :, None])
 
     if later is not None:
@@ -196,8 +196,7 @@ def _block(
         sums, keep = _backward_sums(b, x, back_before, back_total, back_dt, extent, g_extent)
         states, _ = _carry(g_state, keep.flip(1), sums.flip(1))
         following = torch.cat([extent[:, 1:, 0], g_extent[:, None]], dim=1)
-        reach = (back_total[:, :, -1:] - back_before).exp()
-        reach = reach * ((extent == following[:, :, None]) & vision)[..., None]
+        reach = _exp_where((extent == following[:, :, None]) & vision, back_total[:, :, -1:] - back_before)
         y = y + rearrange(reach, "b n q g -> b n g 1 q 1") * (c @ states.flip(1)[:, :, :, None])
 
     y = _divided(rearrange(y, "b n g r q p -> b (n q) (g r) p"), denominator)
@@ -211,19 +210,19 @@ def _backward_states(
     denominator: bool,
     accumulate: torch.dtype,
     shape: tuple[int, ...],
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, Tensor] | None]:
     """For each block, the backward state of all that comes after it and the extent it is of."""
-    device = blocks[0][0].device if blocks else None
+    device = blocks[0][0].device
     state = torch.zeros(shape, dtype=accumulate, device=device)
     extent = torch.full((shape[0],), -1, dtype=torch.long, device=device)
-    after = [(state, extent)]
+    after: list[tuple[Tensor, Tensor] | None] = [(state, extent)]
     for block in reversed(blocks[1:]):
 
         def sweep(state: Tensor, extent: Tensor, block: tuple[Tensor, ...] = block) -> Tensor:
             _, b, x, _, _, _, extents, *decays = _chunked(
                 block[:n_in], block[n_in:], chunk, denominator, accumulate
             )
-            total = decays[2].cumsum(2)
+            total, _ = _totals(decays[2], extents)
             sums, keep = _backward_sums(b, x, total - decays[2], total, decays[3], extents, extent)
             return _carry(state, keep.flip(1), sums.flip(1))[1]
 
@@ -241,10 +240,10 @@ def _backward_sums(
 ) -> tuple[Tensor, Tensor]:
     """Each chunk's own backward state at its start, and how much of the later state gets there."""
     first = extent[:, :, 0]
-    weight = before.exp() * dt * (extent == first[:, :, None])[..., None]
+    weight = _exp_where(extent == first[:, :, None], before) * dt
     sums = torch.einsum("bnqg,bnqgk,bnqgp->bngkp", weight, b, x)
     following = torch.cat([first[:, 1:], later[:, None]], dim=1)
-    return sums, total[:, :, -1].exp() * (first == following)[..., None]
+    return sums, _exp_where(first == following, total[:, :, -1])
 
 
 def _carry(state: Tensor, keep: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,10 +255,26 @@ def _carry(state: Tensor, keep: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(states, dim=1), state
 
 
+def _totals(log_a: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of log_a over a chunk, begun anew at each segment, and the pairs j ≤ i of one segment.
+
+    Masked products rather than a cumsum, whose rounding would let one packed sequence reach another.
+    """
+    size = segment.shape[-1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=segment.device).tril()
+    pairs = causal & (segment[:, :, :, None] == segment[:, :, None])
+    return pairs.to(log_a.dtype) @ log_a, pairs
+
+
+def _exp_where(mask: Tensor, log: Tensor) -> Tensor:
+    """exp(log) where mask, else 0, whatever stands there; mask [...], log [..., E]."""
+    return log.masked_fill(~mask[..., None], float("-inf")).exp()
+
+
 def _weights(at: Tensor, start: Tensor, dt: Tensor, mask: Tensor) -> Tensor:
     """exp(at_i - start_j)·dt_j where mask, else 0; [B, n, Q, E] twice → [B, n, E, 1, Q, Q]."""
     difference = rearrange(at, "b n i g -> b n g i 1") - rearrange(start, "b n j g -> b n g 1 j")
-    weight = difference.masked_fill(~mask[:, :, None], float("-inf")).exp()
+    weight = difference.masked_fill_(~mask[:, :, None], float("-inf")).exp()
     return (weight * rearrange(dt, "b n j g -> b n g 1 j"))[:, :, :, None]
 
 
@@ -286,6 +301,10 @@ def _chunked(
     return [t.unflatten(1, (-1, chunk)) for t in (c, b, x, valid, sequence, vision, extent, *decays)]
 
 
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _with_ones(x: Tensor, denominator: bool) -> Tensor:
     return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) if denominator else x
 
@@ -304,7 +323,22 @@ def _table(t: Tensor | None, batch: int, length: int, device: torch.device, fill
     return torch.full((batch, length), fill, device=device) if t is None else t
 
 
-def _check(c: Tensor, b: Tensor, x: Tensor, decay: Decay, backward_decay: Decay | None) -> None:
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Keep a region of lower precision around the op from narrowing its sums."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _check(
+    c: Tensor,
+    b: Tensor,
+    x: Tensor,
+    decay: Decay,
+    backward_decay: Decay | None,
+    initial_state: Tensor | None,
+    state_shape: tuple[int, ...],
+) -> None:
     batch, length, heads, _ = c.shape
     groups = b.shape[2]
     if heads % groups or b.shape != (batch, length, groups, c.shape[3]) or x.shape[:3] != b.shape[:3]:
@@ -322,3 +356,7 @@ def _check(c: Tensor, b: Tensor, x: Tensor, decay: Decay, backward_decay: Decay 
                 raise ShapeError(
                     f"{name} must be two tensors [B, N, E] with E = {groups} or {heads}, found {list(t.shape)}."
                 )
+    if initial_state is not None and initial_state.shape != state_shape:
+        raise ShapeError(
+            f"initial_state must be [B, E, K, P (+1)] = {list(state_shape)}, found {list(initial_state.shape)}."
+        )
