@@ -46,7 +46,10 @@ class MixerAttention(nn.Module):
             return self.mixer(hidden_states, layout, position_embeddings), None
         layer = mixer_layer(past_key_values, self.layer_idx)
         if not layer.is_initialized:
-            layer.state = self.mixer.init_state(len(hidden_states), hidden_states.dtype, hidden_states.device)
+            with torch.inference_mode(False):  # or the state could not be updated outside of that mode
+                layer.state = self.mixer.init_state(
+                    len(hidden_states), hidden_states.dtype, hidden_states.device
+                )
             layer.is_initialized = True
         state = state_on(layer, hidden_states.device)
         output = self.mixer(hidden_states, layout, position_embeddings, state)

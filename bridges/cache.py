@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 from bridges.errors import CacheError
 from mixers import MixerState
@@ -21,6 +21,7 @@ class MixerCacheLayer(CacheLayerMixin):
     Attributes:
         state: The mixer's state; empty before the first call.
         seen: Tokens read, padding included.
+        slots: Keys that the layers beside it hold room for, in a cache of fixed size; -1 where it grows.
     """
 
     is_compileable = False
@@ -28,11 +29,11 @@ class MixerCacheLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = True
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, slots: int = -1) -> None:
         super().__init__()
         self.state: MixerState = {}
         self.seen = 0
-        self.is_initialized = False
+        self.slots = slots
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +52,9 @@ class MixerCacheLayer(CacheLayerMixin):
         )
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Return (keys, offset) as if every token read were a key."""
+        """Return (keys, offset) of the layers beside it, for whose masks this layer may be asked."""
+        if self.slots >= 0:
+            return self.slots, 0
         length = query_length if isinstance(query_length, int) else len(query_length)
         return self.seen + length, 0
 
@@ -104,7 +107,8 @@ class MixerCacheLayer(CacheLayerMixin):
         raise CacheError("assisted decoding rolls the cache back, which a recurrent state does not allow.")
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.state = {name: fn(t) for name, t in self.state.items()}
+        with torch.inference_mode(False):  # or the state could not be updated outside of that mode
+            self.state = {name: fn(t) for name, t in self.state.items()}
 
 
 def mixer_layer(cache: Cache, layer_idx: int) -> MixerCacheLayer:
@@ -122,7 +126,8 @@ def mixer_layer(cache: Cache, layer_idx: int) -> MixerCacheLayer:
             raise CacheError(
                 f"cache layer {layer_idx} already holds keys and values of another model; start from an empty cache."
             )
-        layer = layers[layer_idx] = MixerCacheLayer()
+        static = [one for one in layers if isinstance(one, StaticLayer) and not one.is_sliding]
+        layer = layers[layer_idx] = MixerCacheLayer(max((one.max_cache_len for one in static), default=-1))
     return layer
 
 

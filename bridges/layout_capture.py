@@ -1,24 +1,51 @@
 """Work out the token layout once per forward and hand it to every converted layer.
 
-Two pre-hooks: one on the whole model reads the token ids and grids, one on the decoder adds the layout
-to the keyword arguments that reach each attention module. It travels as an argument, so it is right
-under gradient checkpointing, where a context variable would show another batch's layout.
+A pre-hook on the model that holds the decoder reads the token ids and grids, one on the decoder adds the
+layout to the keyword arguments that reach each attention module. It travels as an argument, so
+it is right under gradient checkpointing, where a context variable would show another batch's layout.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from bridges.attention import LAYOUT_KWARG
 from bridges.errors import LayoutCaptureError
 from bridges.families import Clips, Family
 from mixers import TokenLayout
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What ``generate`` was asked to continue: ids [B, N] that stand after ``offset`` cached tokens."""
+
+    ids: Tensor
+    layout: TokenLayout
+    offset: int
+
+    def begins(self, input_ids: Any, start: int, beams: int) -> bool:
+        """Whether ids fed to forward are the prompt's from token ``start`` on, in each of its beams."""
+        if not isinstance(input_ids, Tensor):
+            return True
+        own = self.ids[:, start : start + input_ids.shape[1]].repeat_interleave(beams, dim=0)
+        return bool((input_ids[:, : own.shape[1]] == own.to(input_ids.device)).all())
+
+    def part(self, start: int, length: int, beams: int, device: torch.device) -> Clips | None:
+        """Clips of a span, in all beams, and text where the span goes past the prompt's end."""
+        rows = torch.arange(self.layout.batch_size).repeat_interleave(beams)
+        part = self.layout.to(device).select(rows, slice(start, start + length))
+        if part.clip is None or part.coords is None:
+            return None
+        beyond = length - part.length
+        return Clips(F.pad(part.clip, (0, beyond), value=-1), F.pad(part.coords, (0, 0, 0, beyond)))
 
 
 class LayoutCapture:
@@ -30,40 +57,62 @@ class LayoutCapture:
 
     def __init__(self, family: Family) -> None:
         self.family = family
-        self._prompt: TokenLayout | None = None
+        self._prompt: _Prompt | None = None
         self._clips: Clips | None = None
-        self._mask: Tensor | None = None
+        self._mask: Any = None
 
     def attach(self, model: nn.Module, decoder: nn.Module) -> None:
-        """Register the hooks on a model and its decoder."""
-        if decoder is not model:
-            model.register_forward_pre_hook(self.read_inputs, with_kwargs=True)
+        """Register the hooks on the decoder of a model and on the innermost model around it."""
+        around = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not decoder]
+        around = [m for m in around if any(part is decoder for part in m.modules())]
+        if around:
+            around[-1].register_forward_pre_hook(self.read_inputs, with_kwargs=True)
+            around[-1].register_forward_hook(self.forget_inputs, always_call=True)
         decoder.register_forward_pre_hook(self.add_layout, with_kwargs=True)
 
     @contextlib.contextmanager
-    def prompt(self, config: Any, input_ids: Tensor | None, inputs: Mapping[str, Any]) -> Iterator[None]:
+    def prompt(self, config: Any, input_ids: Any, inputs: Mapping[str, Any]) -> Iterator[None]:
         """Remember where vision stands in a prompt while ``generate`` feeds it to forward.
 
         ``generate`` encodes images before prefill and keeps their grids from forward, so they are
         read here.
         """
         before = self._prompt
-        if isinstance(input_ids, Tensor) and input_ids.ndim == 2 and input_ids.shape[1]:
-            clips = self.family.clips(config, input_ids, inputs)
-            if clips is not None:
-                self._prompt = TokenLayout(*input_ids.shape, clip=clips.clip, coords=clips.coords)
+        self._prompt = self._read_prompt(config, input_ids, inputs)
         try:
             yield
         finally:
             self._prompt = before
 
+    def _read_prompt(self, config: Any, input_ids: Any, inputs: Mapping[str, Any]) -> _Prompt | None:
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.shape[1]:
+            self.family.clips(config, None, inputs)
+            return None
+        mask, seen, offset = inputs.get("attention_mask"), _seen(inputs), 0
+        if mask is not None and mask.shape[1] != input_ids.shape[1]:
+            offset = seen  # transformers' sign that the ids of cached tokens are left out
+        try:
+            clips = self.family.clips(config, input_ids, inputs)
+        except LayoutCaptureError:
+            if not offset < seen < input_ids.shape[1]:
+                raise
+            input_ids, offset = input_ids[:, seen:], seen  # grids of cached clips may be left out too
+            clips = self.family.clips(config, input_ids, inputs)
+        return _Prompt(input_ids, _layout(input_ids, clips), offset)
+
     def read_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the whole model."""
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        self._mask = kwargs.get("attention_mask")
+        """Forward pre-hook of the model around the decoder."""
+        self._mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         self._clips = None
-        if self._prompt is None and isinstance(input_ids, Tensor) and input_ids.shape[1] > 1:
-            self._clips = self.family.clips(model.config, input_ids, kwargs)
+        if self._mask is not None:
+            _check_mask(self._mask)
+        if kwargs.get(LAYOUT_KWARG) is None:
+            input_ids = kwargs.get("input_ids", args[0] if args else None)
+            self._clips = self._find_clips(model.config, input_ids, kwargs)
+
+    def forget_inputs(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the same model, run after an error too, which may have kept them from the decoder."""
+        self._mask = self._clips = None
 
     def add_layout(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -76,68 +125,83 @@ class LayoutCapture:
         if mask is None:
             mask = kwargs.get("attention_mask")
         if tokens is not None and kwargs.get(LAYOUT_KWARG) is None:
-            past = kwargs.get("past_key_values")
-            seen = 0 if past is None else int(past.get_seq_length())
-            batch, length = tokens.shape[:2]
-            kwargs[LAYOUT_KWARG] = self._layout(batch, length, seen, tokens.device, mask, clips, kwargs)
+            valid = _valid(tokens, mask, _seen(kwargs))
+            sequence = _packed_sequences(tokens, valid is not None, kwargs)
+            kwargs[LAYOUT_KWARG] = _layout(tokens, clips, valid, sequence)
         return args, kwargs
 
-    def _layout(
-        self,
-        batch: int,
-        length: int,
-        seen: int,
-        device: torch.device,
-        mask: Any,
-        clips: Clips | None,
-        kwargs: Mapping[str, Any],
-    ) -> TokenLayout:
-        clip, coords = (None, None) if clips is None else (clips.clip, clips.coords)
-        if self._prompt is not None and seen < self._prompt.length:
-            clip, coords = self._prompt_part(batch, slice(seen, seen + length), device)
-        valid = sequence = None
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            valid = torch.ones(batch, length, dtype=torch.bool, device=device)
-            given = mask[:, seen : seen + length].to(device) != 0
-            valid[:, : given.shape[1]] = given
-        if length > 1 and valid is None:
-            sequence = _packed_sequences(batch, length, device, kwargs)
-        return TokenLayout(
-            batch, length, valid=valid, sequence=sequence, clip=clip, coords=coords, device=device
+    def _find_clips(self, config: Any, input_ids: Any, kwargs: Mapping[str, Any]) -> Clips | None:
+        """Find the vision tokens of a forward, whose grids only ``generate`` may know."""
+        tokens = input_ids if isinstance(input_ids, Tensor) else kwargs.get("inputs_embeds")
+        if not isinstance(tokens, Tensor):
+            return None
+        prompt = self._prompt
+        if prompt is not None:
+            start = _seen(kwargs) - prompt.offset
+            if prompt.layout.clip is None or start >= prompt.layout.length:
+                return None  # what is generated is text, even where it is a token that stands for vision
+            rows, rest = divmod(len(tokens), prompt.layout.batch_size)
+            if start >= 0 and rest == 0 and prompt.begins(input_ids, start, rows):
+                return prompt.part(start, tokens.shape[1], rows, tokens.device)
+        if tokens.shape[1] == 1:
+            return None
+        return self.family.clips(config, input_ids if isinstance(input_ids, Tensor) else None, kwargs)
+
+
+def _layout(
+    tokens: Tensor, clips: Clips | None, valid: Tensor | None = None, sequence: Tensor | None = None
+) -> TokenLayout:
+    batch, length = tokens.shape[:2]
+    clip, coords = (None, None) if clips is None else (clips.clip, clips.coords)
+    return TokenLayout(
+        batch, length, valid=valid, sequence=sequence, clip=clip, coords=coords, device=tokens.device
+    )
+
+
+def _valid(tokens: Tensor, mask: Any, seen: int) -> Tensor | None:
+    """Return which of these tokens are no padding, by a mask of them and the tokens before; None: all."""
+    if not isinstance(mask, Tensor):
+        return None
+    _check_mask(mask)
+    valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    given = mask[:, seen : seen + tokens.shape[1]].to(tokens.device) != 0
+    valid[:, : given.shape[1]] = given
+    return valid
+
+
+def _check_mask(mask: Any) -> None:
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise LayoutCaptureError(
+            f"attention_mask must be [B, N], found {found}: mixers follow padding and packing (position_ids, "
+            "seq_idx or cu_seq_lens_q), no mask of pairs."
         )
 
-    def _prompt_part(
-        self, batch: int, tokens: slice, device: torch.device
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Clips of a span of the prompt, in all beams, and text where the span goes past its end."""
-        assert self._prompt is not None
-        if batch % self._prompt.batch_size:
-            raise LayoutCaptureError(
-                f"forward got {batch} rows, which is no multiple of the prompt's {self._prompt.batch_size}."
-            )
-        rows = torch.arange(self._prompt.batch_size).repeat_interleave(batch // self._prompt.batch_size)
-        part = self._prompt.to(device).select(rows, tokens)
-        if part.clip is None or part.coords is None:
-            return None, None
-        beyond = tokens.stop - tokens.start - part.length
-        return F.pad(part.clip, (0, beyond), value=-1), F.pad(part.coords, (0, 0, 0, beyond))
 
-
-def _packed_sequences(
-    batch: int, length: int, device: torch.device, kwargs: Mapping[str, Any]
-) -> Tensor | None:
+def _packed_sequences(tokens: Tensor, masked: bool, kwargs: Mapping[str, Any]) -> Tensor | None:
     """Number the sequences of packed rows, as the kwargs of Hugging Face's collators tell them.
+
+    Beside a mask, ``position_ids`` that start again say nothing, as in transformers: they do at padding.
 
     Returns:
         int [B, N], or None where each row is one sequence.
     """
+    batch, length = tokens.shape[:2]
+    if length == 1:
+        return None
     if (numbers := kwargs.get("seq_idx")) is not None:
         return numbers.view(batch, length)
     if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
         return TokenLayout.packed(bounds).sequence
     positions = kwargs.get("position_ids")
-    if positions is None or (positions.ndim == 3 and len(positions) != 4):
+    if masked or positions is None or (positions.ndim == 3 and len(positions) != 4):
         return None
-    positions = positions[0] if positions.ndim == 3 else positions
-    restarts = positions.to(device).diff(dim=1, prepend=positions[:, :1].to(device) - 1) != 1
+    positions = (positions[0] if positions.ndim == 3 else positions).to(tokens.device)
+    restarts = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
     return restarts.cumsum(1).expand(batch, -1) if bool(restarts.any()) else None
+
+
+def _seen(kwargs: Mapping[str, Any]) -> int:
+    """Return the tokens that the cache holds already."""
+    cache = kwargs.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())

@@ -17,9 +17,12 @@ from bridges.errors import AlreadyConvertedError, BridgeError
 from bridges.families import Family, family_of
 from bridges.patterns import Spec, resolve
 from bridges.transfer import Transfer, transfers
-from mixers import MixerConfig, TokenMixer, get
+from mixers import ConfigError, MixerConfig, TokenMixer, get
+from mixers.attention import Attention
 
 Init = Literal["attention", "random"]
+SHAPE_FIELDS = ("dim", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
+BIAS_FIELDS = ("qkv_bias", "out_bias")
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def plan(
         LayerPatternError: A pattern is malformed or names no layer.
         UnsupportedAttentionError: The attention cannot be carried by the mixer asked for.
         mixers.UnknownMixerError: No such mixer.
-        mixers.ConfigError: Unknown field or bad value.
+        mixers.ConfigError: Unknown field, bad value, or a shape that is not the teacher's.
     """
     family, attentions = find_attention(model)
     if init not in ("attention", "random"):
@@ -124,10 +127,12 @@ def plan(
     for index, (name, settings) in chosen.items():
         attention = attentions[index]
         cls = get(name)
-        full = cls.config_class.from_dict({**family.mixer_fields(attention, text_config), **settings})
-        dropped = family.dropped(attention, name)
+        teachers = family.mixer_fields(attention, text_config)
+        full = cls.config_class.from_dict({**teachers, **settings})
+        dropped = family.dropped(attention, full, name)
         with torch.device("meta"):
             mixer = cls(full, projections=init == "random")
+        _check_shape(mixer, teachers)
         done = transfers(mixer, attention, family, init, dropped)
         rows.append(LayerPlan(index, name, full, tuple(done), _state_bytes(mixer, attention)))
     kept = tuple(i for i in range(len(attentions)) if i not in chosen)
@@ -158,11 +163,25 @@ def find_attention(model: nn.Module) -> tuple[Family, list[nn.Module]]:
     return family, attentions
 
 
+def _check_shape(mixer: TokenMixer, teachers: Mapping[str, Any]) -> None:
+    """Refuse settings that contradict the teacher's projections, which every part of the mixer gets."""
+    for part in mixer.modules():
+        if not isinstance(part, TokenMixer):
+            continue
+        for field in SHAPE_FIELDS + (BIAS_FIELDS if part is mixer else ()):
+            found = getattr(part.config, field)
+            wanted = teachers.get(field, getattr(MixerConfig, field, None))
+            if found != wanted:
+                raise ConfigError(
+                    f"{field} is {wanted!r} in the teacher, found {found!r} in the settings of "
+                    f"{type(part).__name__}; leave it out, it is read from the model."
+                )
+
+
 def _state_bytes(mixer: TokenMixer, attention: nn.Module) -> int | None:
-    dtype = next(attention.parameters()).dtype
-    state = mixer.init_state(1, dtype, "meta")
-    if any(0 in t.shape[1:] and name.split(".")[-1] in ("k", "v") for name, t in state.items()):
+    if any(isinstance(part, Attention) for part in mixer.modules()):
         return None
+    state = mixer.init_state(1, next(attention.parameters()).dtype, "meta")
     return sum(t.numel() * t.element_size() for t in state.values())
 
 

@@ -8,6 +8,8 @@ never with the teacher's attention in silence.
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from functools import cache
 from pathlib import Path
@@ -15,13 +17,15 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bridges import masks
-from bridges.atomic import atomic_directory
+from bridges.atomic import atomic_directory, older
 from bridges.attention import MixerAttention
+from bridges.cache import mixer_layer
 from bridges.errors import CheckpointError
 from bridges.families import Family, family_of
 from bridges.layout_capture import LayoutCapture
@@ -62,12 +66,23 @@ def become_converted(model: PreTrainedModel, family: Family, record: dict[str, A
     """Give a model whose attention modules are replaced the class, config and hooks of a converted model."""
     base_config: Any = type(model.config)
     base_model: Any = type(model)
+    _own_config(model)
     text_config = model.config.get_text_config(decoder=True)
     setattr(text_config, RECORD, record)
     _register_auto(base_config)
     model.config.__class__ = converted_config(base_config)
     model.__class__ = converted_model(base_model)
     _connect(model, family, record)
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give a model a copy of its config, which other models may have been made from too."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and id(config) in copies:
+            module.config = copies[id(config)]
 
 
 def load_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -84,16 +99,13 @@ def load_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     path = Path(path)
     fields = _read_config(path)
     _check_weights(path)
-    name = (fields.get("architectures") or [None])[0]
-    base = getattr(transformers, name or "", None)
-    if base is None:
-        raise CheckpointError(
-            f"{path / 'config.json'} names the architecture {name!r}, unknown to transformers."
-        )
     config = AutoConfig.from_pretrained(path)
-    model, info = converted_model(base).from_pretrained(
-        path, config=config, output_loading_info=True, **kwargs
-    )
+    try:
+        model, info = converted_model(_architecture(path, fields)).from_pretrained(
+            path, config=config, output_loading_info=True, **kwargs
+        )
+    except RuntimeError as error:  # shapes
+        raise CheckpointError(f"{path} does not hold the model's parameters: {error}") from error
     wrong = {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
     if wrong or info.get("error_msgs"):
         raise CheckpointError(
@@ -123,11 +135,40 @@ def converted_model(base: Any) -> Any:
         "_is_stateful": True,
         "config_class": converted_config(base.config_class),
     }
-    return type(base.__name__, (_Converted, base), body)
+    if not issubclass(base, GenerationMixin):
+        return type(base.__name__, (_Converted, base), body)
+    prepare = _with_mixers_in_cache(base.prepare_inputs_for_generation)
+    body["prepare_inputs_for_generation"] = prepare
+    return type(base.__name__, (_Generating, _Converted, base), body)
 
 
 class _Converted:
     """What converted models do otherwise than their base; mixed into the classes made on the fly."""
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Set it as the base does, but where no attention layer is left, still build no mask for one."""
+        super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+        _build_no_masks(self)
+
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Save so that a kill or a full disk leaves an older checkpoint in that directory whole."""
+        save = functools.partial(super().save_pretrained, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+        if not is_main_process:
+            return save(save_directory)
+        if kwargs.get("push_to_hub"):
+            save.keywords.setdefault("repo_id", Path(save_directory).name)
+        layers = _record(self)["layers"]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, MixerAttention):
+                layers[str(module.layer_idx)]["config"] = module.mixer.config.to_dict()
+        with atomic_directory(save_directory, replaces=WEIGHT_FILES) as temporary:
+            save(temporary)
+
+
+class _Generating:
+    """What converted models that generate do otherwise than their base."""
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as the base does, with the prompt's vision layout known to every layer."""
@@ -135,14 +176,24 @@ class _Converted:
         with self.layout_capture.prompt(self.config, ids, kwargs):  # type: ignore[attr-defined]
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save so that a kill or a full disk leaves an older checkpoint in that directory whole."""
-        record = getattr(self.config.get_text_config(decoder=True), RECORD)  # type: ignore[attr-defined]
-        for module in self.modules():  # type: ignore[attr-defined]
-            if isinstance(module, MixerAttention):
-                record["layers"][str(module.layer_idx)]["config"] = module.mixer.config.to_dict()
-        with atomic_directory(save_directory, replaces=WEIGHT_FILES) as temporary:
-            super().save_pretrained(temporary, **kwargs)  # type: ignore[misc]
+
+def _with_mixers_in_cache(prepare: Any) -> Any:
+    """Let ``prepare_inputs_for_generation`` find the mixers' layers in the cache before it asks for masks.
+
+    A static cache would else turn the padding mask into one of pairs, which mixers cannot read.
+    """
+
+    @functools.wraps(prepare)
+    def prepare_inputs_for_generation(
+        self: Any, input_ids: Any, *args: Any, past_key_values: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        if isinstance(past_key_values, Cache):
+            for index in map(int, _record(self)["layers"]):
+                if index < len(past_key_values.layers):
+                    mixer_layer(past_key_values, index)
+        return prepare(self, input_ids, *args, past_key_values=past_key_values, **kwargs)
+
+    return prepare_inputs_for_generation
 
 
 @cache
@@ -217,14 +268,14 @@ def _restore_config(base: Any, fields: dict[str, Any]) -> PreTrainedConfig:
 
 def _rebuild(model: Any) -> None:
     """Replace the attention of a freshly constructed model as its config's record says."""
-    record = getattr(model.config.get_text_config(decoder=True), RECORD, None)
-    if record is None:
-        raise CheckpointError("the config has no surgery record; it is not of a converted model.")
+    record = _record(model)
     family = family_of(model.config.model_type)
     layers = family.layers(model)
     for index, entry in record["layers"].items():
         layer = layers[int(index)]
         attention = family.attention(layer)
+        if isinstance(attention, MixerAttention):
+            continue  # the base made its decoder by an Auto class, which converted it
         cls = get(entry["mixer"])
         mixer = cls(cls.config_class.from_dict(entry["config"]), projections=False)
         adopt_projections(mixer, attention, family)
@@ -232,27 +283,31 @@ def _rebuild(model: Any) -> None:
     _connect(model, family, record)
 
 
+def _record(model: Any) -> dict[str, Any]:
+    record = getattr(model.config.get_text_config(decoder=True), RECORD, None)
+    if record is None:
+        raise CheckpointError("the config has no surgery record; it is not of a converted model.")
+    return record
+
+
 def _connect(model: Any, family: Family, record: dict[str, Any]) -> None:
-    decoder = model.get_decoder() or model
+    decoder = model.get_decoder()
     for module in {id(m): m for m in (model, decoder)}.values():
         kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
         module._keep_in_fp32_modules_strict = kept | set(FP32_PARAMETERS)
-    if len(record["layers"]) == record["layer_count"]:
-        model.config.get_text_config(decoder=True)._attn_implementation_internal = masks.NAME
+    _build_no_masks(model)
     model.layout_capture = LayoutCapture(family)
     model.layout_capture.attach(model, decoder)
 
 
+def _build_no_masks(model: Any) -> None:
+    record = _record(model)
+    if len(record["layers"]) == record["layer_count"]:
+        model.config.get_text_config(decoder=True)._attn_implementation_internal = masks.NAME
+
+
 def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    try:
-        fields = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no converted model at {path}: {file} is missing.") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(
-            f"{file} is not JSON ({error}); the file is damaged, save the model again."
-        ) from error
+    fields = _read_json(path / "config.json")
     if fields.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
             f"{path} holds a {fields.get('model_type')!r} model, not a converted one; load it with transformers "
@@ -263,6 +318,39 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is of format version {record.get('version')}, this linmu reads {FORMAT_VERSION}; update linmu."
         )
+    if fields.get("base_model_type") not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{path / 'config.json'} names the base_model_type {fields.get('base_model_type')!r}, unknown to "
+            "transformers."
+        )
+    return fields
+
+
+def _architecture(path: Path, fields: dict[str, Any]) -> Any:
+    name = (fields.get("architectures") or [None])[0]
+    base = getattr(transformers, str(name), None)
+    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
+        raise CheckpointError(
+            f"{path / 'config.json'} names the architecture {name!r}, unknown to transformers."
+        )
+    return base
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        left = older(file.parent)
+        hint = f" A save to it was killed; the older model is whole at {left}." if left.exists() else ""
+        raise CheckpointError(
+            f"there is no converted model at {file.parent}: {file.name} is missing.{hint}"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is not JSON ({error}); the file is damaged, save the model again."
+        ) from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file} holds no JSON object; the file is damaged, save the model again.")
     return fields
 
 
@@ -271,7 +359,7 @@ def _check_weights(path: Path) -> None:
     index = path / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
     for name in names:
         try:
             with safe_open(path / name, framework="pt") as file:

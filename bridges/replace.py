@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -74,7 +75,7 @@ def attention_layers(model: Any) -> dict[int, nn.Module]:
 def _build(row: LayerPlan, attention: nn.Module, family: Family, init: Init) -> MixerAttention:
     weight = next(attention.parameters())
     with torch.device(weight.device):
-        mixer = get(row.mixer)(row.config, projections=init == "random")
+        mixer = get(row.mixer)(copy.deepcopy(row.config), projections=init == "random")
     mixer = mixer.to(dtype=weight.dtype)
     if init == "attention":
         adopt_projections(mixer, attention, family)

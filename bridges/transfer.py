@@ -53,6 +53,11 @@ def transfers(
                         continue
                     rows.append(Transfer(action, f"{prefix}{name}.{parameter}", tuple(tensor.shape)))
     rows += [Transfer("initialised", name, tuple(p.shape)) for name, p in mixer.named_parameters()]
+    if init == "random":
+        teachers = [
+            f"{name}.{p}" for name in family.adopted for p, _ in getattr(attention, name).named_parameters()
+        ]
+        dropped = teachers + dropped
     return rows + [Transfer("dropped", what) for what in dropped]
 
 

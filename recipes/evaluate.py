@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recipes.data.task import IGNORED, Batch, Item, Task
+from recipes.errors import RecipeError
 
 Progress = Callable[[int, int], None]
 """Told (done, total) after each batch."""
 
 
-class EvaluationError(ValueError):
+class EvaluationError(RecipeError, ValueError):
     """There is nothing to evaluate, or what came out is no number."""
 
 

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.errors import RecipeError
+from recipes.results import loss_names
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -18,34 +21,43 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
 
 
-class PlotError(RuntimeError):
+class PlotError(RecipeError, RuntimeError):
     """Matplotlib is missing, or there is nothing to draw."""
 
 
 def demo(
-    path: Path | str, title: str, accuracy: Mapping[str, float], prefill: Sequence[Row], history: Sequence[Row]
+    path: Path | str,
+    title: str,
+    accuracy: Mapping[str, float],
+    prefill: Sequence[Row],
+    decode: Sequence[Row],
+    history: Sequence[Row],
 ) -> None:
-    """Draw the demo's one picture: accuracy, prefill time and memory, and the losses of the stages.
+    """Draw the demo's one picture: accuracy, costs at growing length, and the losses of the stages.
 
     Args:
         path: File to write; its ending chooses the format.
         title: Above all.
         accuracy: Label → fraction, in the order to show; the first is the teacher.
         prefill: Rows of :func:`recipes.bench.prefill.prefill`.
+        decode: Rows of :func:`recipes.bench.decode.decode`.
         history: Rows of a distillation: ``stage``, ``step``, ``loss``.
     """
-    figure = _figure(13.5, 8.2)
+    figure = _figure(16, 8.2)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
-    left, middle, right = top.subplots(1, 3, width_ratios=(1, 1.15, 1.15))
-    draw_accuracy(left, accuracy)
-    draw_scaling(middle, prefill, "seconds", "prefill time (s)")
-    draw_scaling(right, prefill, "peak_mib", "prefill memory above weights (MiB)")
+    panels = top.subplots(1, 4)
+    draw_accuracy(panels[0], accuracy)
+    draw_scaling(panels[1], prefill, "seconds", "prefill time (s)")
+    draw_scaling(panels[2], prefill, "peak_mib", "prefill memory above weights (MiB)")
+    draw_scaling(panels[3], decode, "state_mib", "cache for decoding (MiB)")
     draw_losses(bottom, history)
     top.suptitle(title, fontweight="bold", fontsize=13)
     _save(figure, path)
 
 
-def scaling(path: Path | str, title: str, rows: Sequence[Row], values: Mapping[str, str], by: str = "model") -> None:
+def scaling(
+    path: Path | str, title: str, rows: Sequence[Row], values: Mapping[str, str], by: str = "model"
+) -> None:
     """Draw one log-log panel a value against tokens, a line for each model (or op).
 
     Args:
@@ -119,10 +131,8 @@ def draw_scaling(axes: Axes, rows: Sequence[Row], value: str, label: str, by: st
         axes.set_ylim(low * 0.8, high)
         axes.set_xlim(lengths[0] * 0.85, lengths[-1] * 1.9)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xticks(lengths, [_thousands(n) for n in lengths])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    _log_scale(axes)
     axes.set_xlabel("tokens in the prompt")
     axes.set_title(label, fontsize=10.5)
     axes.grid(alpha=0.25)
@@ -134,23 +144,30 @@ def draw_losses(figure: Any, history: Sequence[Row]) -> None:
     stages = list(dict.fromkeys(row["stage"] for row in history))
     if not stages:
         raise PlotError("there is no loss to draw: the history is empty.")
-    names = list(dict.fromkeys(name for row in history for name in row if _is_loss(name)))
-    style = dict(zip(names, zip(itertools.cycle([INK, *COLOURS[1:], COLOURS[0]]), itertools.cycle(("-",)))))
-    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
-        for name in names:
-            points = [(r["step"], r[name]) for r in history if r["stage"] == stage and r.get(name) is not None]
+    colours = dict(zip(loss_names(history), itertools.cycle([INK, *COLOURS[1:], COLOURS[0]])))
+    panels = figure.subplots(1, len(stages), squeeze=False)[0]
+    for number, (axes, stage) in enumerate(zip(panels, stages), start=1):
+        for name in loss_names(history):
+            points = [
+                (r["step"], r[name]) for r in history if r["stage"] == stage and r.get(name) is not None
+            ]
             if points:
-                colour, line = style[name]
-                axes.plot(*zip(*points), color=colour, linestyle=line, linewidth=1.6, label=name.replace("_", " "))
-        axes.set_yscale("log")
+                axes.plot(*zip(*points), color=colours[name], linewidth=1.6, label=name.replace("_", " "))
+        _log_scale(axes)
         axes.set_xlabel("step")
-        axes.set_title(f"losses, stage {stage}", fontsize=10.5)
+        axes.set_title(f"losses, stage {number} {stage}", fontsize=10.5)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8.5)
 
 
-def _is_loss(name: str) -> bool:
-    return name not in ("stage", "step", "learning_rate", "tokens", "seconds")
+def _log_scale(axes: Axes) -> None:
+    """Logarithmic y axis with plain numbers at 1, 2, 5 of each decade."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
 
 
 def _thousands(number: int) -> str:

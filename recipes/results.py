@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
+
+from recipes.errors import RecipeError
 
 Row = Mapping[str, Any]
 
 PACKAGES = ("linmu", "torch", "transformers", "accelerate", "peft", "triton")
 
 
-class ResultsError(ValueError):
+class ResultsError(RecipeError, ValueError):
     """A results file cannot be written as it is, or what was read is not one."""
 
 
@@ -82,7 +85,9 @@ class Results:
         want = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(content, dict) or set(content) != want:
             found = sorted(content) if isinstance(content, dict) else type(content).__name__
-            raise ResultsError(f"{path} is no results file: it needs the fields {sorted(want)}, found {found}.")
+            raise ResultsError(
+                f"{path} is no results file: it needs the fields {sorted(want)}, found {found}."
+            )
         return cls(**content)
 
 
@@ -108,7 +113,8 @@ def describe_device() -> str:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return " + ".join(f"{names.count(name)}× {name}" for name in dict.fromkeys(names))
-    return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    return f"{_processor()}, {cores} cores" + ("" if threads == cores else f" ({threads} used)")
 
 
 def describe_versions() -> dict[str, str]:
@@ -125,7 +131,9 @@ def describe_commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
     try:
         git = ["git", "-C", str(root)]
-        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True)
+        top = subprocess.run(
+            [*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True
+        )
         if Path(top.stdout.strip()) != root:
             return None
         described = subprocess.run(
@@ -151,10 +159,26 @@ def table(rows: Sequence[Row], title: str | None = None, columns: Iterable[str] 
     drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for key in keys:
         numeric = any(isinstance(row.get(key), int | float) for row in rows)
-        drawn.add_column(key.replace("_", " "), justify="right" if numeric else "left")
+        drawn.add_column(key.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(show(row.get(key)) for key in keys))
+        drawn.add_row(*(escape(show(row.get(key))) for key in keys))
     return drawn
+
+
+def first_and_last(history: Sequence[Row]) -> list[dict[str, Any]]:
+    """Sum a distillation's history up: one row a stage and loss, with its first and last logged value."""
+    rows = []
+    for stage in dict.fromkeys(entry["stage"] for entry in history):
+        entries = [entry for entry in history if entry["stage"] == stage]
+        for name in loss_names(entries):
+            rows.append({"stage": stage, "loss": name, "first": entries[0][name], "last": entries[-1][name]})
+    return rows
+
+
+def loss_names(history: Sequence[Row]) -> list[str]:
+    """Return the keys of a history's entries that are losses, in order."""
+    others = ("stage", "step", "learning_rate", "tokens", "seconds")
+    return [name for name in dict.fromkeys(key for entry in history for key in entry) if name not in others]
 
 
 def show(value: Any) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bridges.errors import UnknownFamilyError, UnsupportedAttentionError
+from mixers import MixerConfig
 from mixers.errors import near
 
 F = TypeVar("F", bound=type["Family"])
@@ -78,15 +79,17 @@ class Family:
             "scale": float(attention.scaling),
         }
 
-    def dropped(self, attention: Any, mixer: str) -> list[str]:
-        """Name what this attention does that ``mixer`` will not do.
+    def dropped(self, attention: Any, config: MixerConfig, mixer: str) -> list[str]:
+        """Name what this attention does or holds that a mixer of that name and config will not.
 
         Raises:
             UnsupportedAttentionError: The mixer would silently be another function than it claims.
         """
-        dropped = []
+        dropped = [name for name, _ in attention.named_parameters() if name.split(".")[0] not in self.adopted]
         window = getattr(attention, "sliding_window", None)
-        if window is not None:
+        if window is not None and not (
+            mixer == "sliding_window" and getattr(config, "window", None) == window
+        ):
             if mixer == "attention":
                 raise UnsupportedAttentionError(
                     f"layer {attention.layer_idx} attends within a sliding window of {window} tokens, which "
@@ -98,19 +101,19 @@ class Family:
             dropped.append(f"attention dropout of {attention.attention_dropout}")
         return dropped
 
-    def clips(self, config: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> Clips | None:
+    def clips(self, config: Any, input_ids: Tensor | None, inputs: Mapping[str, Any]) -> Clips | None:
         """Find the vision tokens of a batch.
 
         Args:
             config: The model's config.
-            input_ids: [B, N], the whole prompt.
+            input_ids: [B, N], the whole prompt; None where only embeddings are given.
             inputs: The other keyword arguments of the model's forward or of ``generate``.
 
         Returns:
             Where vision stands; None if there is none, or the family has none.
 
         Raises:
-            LayoutCaptureError: Tokens and grids do not match.
+            LayoutCaptureError: Tokens and grids do not match, or there are grids but no tokens.
         """
         return None
 

@@ -16,14 +16,21 @@ from bridges.families.family import Clips, Family, register_family
 class Qwen25VL(Family):
     """``Qwen2_5_VLForConditionalGeneration``: each image and each video is one run of its own token."""
 
-    def clips(self, config: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> Clips | None:
+    def clips(self, config: Any, input_ids: Tensor | None, inputs: Mapping[str, Any]) -> Clips | None:
         """Cut the runs of image and video tokens into grids; see :meth:`Family.clips`."""
         kinds = {
             config.image_token_id: ("image", inputs.get("image_grid_thw")),
             config.video_token_id: ("video", inputs.get("video_grid_thw")),
         }
+        if input_ids is None:
+            if any(grids is not None for _, grids in kinds.values()):
+                raise LayoutCaptureError(
+                    "there are grids but no input_ids, which alone say where vision stands; pass them along with "
+                    "inputs_embeds."
+                )
+            return None
         ids = input_ids.cpu()
-        if not any(bool((ids == token).any()) for token in kinds):
+        if all(grids is None and not bool((ids == token).any()) for token, (_, grids) in kinds.items()):
             return None
         merge = config.vision_config.spatial_merge_size
         clip = torch.full_like(ids, -1)
@@ -67,9 +74,9 @@ def _next_grid(left: Iterator[list[int]], kind: str, row: int, merge: int) -> tu
             f"row {row} has more {kind} tokens than {kind}_grid_thw has grids; pass the grids of the whole prompt."
         )
     t, h, w = grid
-    if t < 1 or h < merge or w < merge:
+    if t < 1 or h < merge or w < merge or h % merge or w % merge:
         raise LayoutCaptureError(
-            f"{kind}_grid_thw {grid} makes no token: each side needs at least {merge} patches and a video at "
-            "least one temporal patch."
+            f"{kind}_grid_thw {grid} is no grid of tokens: each side needs a positive multiple of {merge} patches "
+            "and a video at least one temporal patch."
         )
     return t, h // merge, w // merge

@@ -29,7 +29,7 @@ def decode(
     Args:
         models: Name → model. Each is put into eval mode.
         inputs: Builds the prompt.
-        lengths: Tokens wanted of it.
+        lengths: Tokens wanted of it. The longest is prefilled even where that takes long.
         new_tokens: Tokens generated after each; the end token does not stop it.
         progress: Told (model, tokens) before each measurement.
 
@@ -59,13 +59,13 @@ def decode(
                 "tokens": tokens,
                 "model": name,
                 "ms_per_token": 1000 * statistics.median(clock.between_tokens()),
-                "state_mib": state_bytes(output.past_key_values) / 2**20,
+                "state_mib": cache_bytes(output.past_key_values) / 2**20,
             }
         )
     return rows
 
 
-def state_bytes(cache: Cache) -> int:
+def cache_bytes(cache: Cache) -> int:
     """Return the bytes of all tensors that the layers of a cache hold, each storage once."""
     storages: dict[int, int] = {}
     for layer in cache.layers:

@@ -30,7 +30,9 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def median_seconds(run: Callable[[], Any], device: torch.device, *, warmup: int = 1, repeats: int = 3) -> float:
+def median_seconds(
+    run: Callable[[], Any], device: torch.device, *, warmup: int = 1, repeats: int = 3
+) -> float:
     """Return the median time of several runs, after some that do not count."""
     for _ in range(warmup):
         run()

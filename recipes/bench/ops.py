@@ -20,6 +20,7 @@ from mixers.ops import block_attention, short_conv, ssd
 from mixers.ops.dispatch import Op
 from recipes.bench.measure import median_seconds, peak_bytes
 from recipes.bench.oracles import dense_attention, dense_conv, dense_ssd
+from recipes.errors import RecipeError
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 TEXT, FRAME = 16, (8, 8)
@@ -28,11 +29,11 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 """Largest RMS error relative to the RMS of the dense form in fp64 on the same inputs, by dtype."""
 
 
-class CheckFailedError(RuntimeError):
+class CheckFailedError(RecipeError, RuntimeError):
     """An op disagrees with its dense form, so its speed means nothing."""
 
 
-class UnknownBenchmarkError(LookupError):
+class UnknownBenchmarkError(RecipeError, LookupError):
     """No op is benchmarked under that name."""
 
 

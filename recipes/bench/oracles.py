@@ -30,7 +30,9 @@ def dense_ssd(
 
     log_a, dt = (t[row, step] for t in decay)
     reached = log_a.cumsum(1)
-    weight = (reached[:, :, None] - reached[:, None]).masked_fill(~past[:, :, None], -torch.inf).exp() * dt[:, None]
+    weight = (reached[:, :, None] - reached[:, None]).masked_fill(~past[:, :, None], -torch.inf).exp() * dt[
+        :, None
+    ]
     if backward_decay is not None and scan.vision is not None and scan.extent is not None:
         clip = scan.extent.masked_fill(~scan.vision, -1)
         seen = (clip[:, :, None] == clip[:, None]) & (clip >= 0)[:, :, None] & ~past

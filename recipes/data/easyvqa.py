@@ -7,7 +7,7 @@ Zhou (MIT). Prompts have no chat template: `<|vision_start|>` image `<|vision_en
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class Patcher:
                 )
         cut = self.processor(list(images), do_rescale=False, do_normalize=False, return_tensors="pt")
         sizes = cut["image_grid_thw"].prod(1).tolist()
-        values = cut["pixel_values"].to(torch.uint8).unflatten(1, (len(self.processor.image_mean), self.frames, -1))
+        values = cut["pixel_values"].to(torch.uint8).unflatten(1, (self.mean.shape[1], self.frames, -1))
         grids = [(h, w) for _, h, w in cut["image_grid_thw"].tolist()]
         return [Pixels(v.clone(), grid) for v, grid in zip(values[:, :, 0].split(sizes), grids)]
 
@@ -116,8 +116,8 @@ class EasyVQA:
             raise DatasetNotInstalled(
                 f'easy-VQA needs the package {error.name!r}, which is not installed: pip install "linmu[demo]"'
             ) from error
-        wanted = ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        missing = [name for name in wanted if not hasattr(config, name)]
+        ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        missing = [name for name in ("vision_config", *ids) if not hasattr(config, name)]
         if missing or not hasattr(config.vision_config, "temporal_patch_size"):
             raise UnsupportedModel(
                 f"easy-VQA shows images, but a {config.model_type!r} model has no Qwen-VL vision tower "
@@ -131,15 +131,16 @@ class EasyVQA:
         self.patcher = Patcher(config.vision_config)
         self.train = self._items(easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths())
         self.test = self._items(easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths())
-        self.max_new_tokens = 1 + max(map(len, self._ids(easy_vqa.get_answers())))
+        self.max_new_tokens = 1 + max(map(len, self.ids(easy_vqa.get_answers())))
         self._pixels: dict[str, Pixels] = {}
 
     @staticmethod
     def _items(questions: tuple[list[str], list[str], list[int]], paths: dict[int, str]) -> list[Item]:
         return [{"image": paths[i], "question": q, "answer": a} for q, a, i in zip(*questions)]
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, with no token added."""
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def pixels(self, paths: Sequence[str]) -> list[Pixels]:
         """The patches of image files, each read and cut once and then kept in memory (12 KB at 64×64)."""
@@ -154,19 +155,20 @@ class EasyVQA:
             self._pixels.update(zip(new, self.patcher.cut(images)))
         return [self._pixels[path] for path in paths]
 
-    def _prompt(self, question: list[int], vision_token: int, tokens: int) -> list[int]:
+    def prompt(self, question: list[int], vision_token: int, tokens: int) -> list[int]:
+        """Ids of a prompt: an image or a video of `tokens` vision tokens, then the question's ids."""
         start, end = self.config.vision_start_token_id, self.config.vision_end_token_id
         return [start, *[vision_token] * tokens, end, *question]
 
     def _batch(self, items: Sequence[Item], with_answers: bool, side: Literal["left", "right"]) -> Batch:
         images = self.pixels([item["image"] for item in items])
-        questions = self._ids([item["question"] for item in items])
+        questions = self.ids([item["question"] for item in items])
         prompts = [
-            self._prompt(question, self.config.image_token_id, self.patcher.tokens(image))
+            self.prompt(question, self.config.image_token_id, self.patcher.tokens(image))
             for question, image in zip(questions, images)
         ]
         if with_answers:
-            answers = [[*ids, self.tokenizer.eos_token_id] for ids in self._ids([i["answer"] for i in items])]
+            answers = [[*ids, self.tokenizer.eos_token_id] for ids in self.ids([i["answer"] for i in items])]
         else:
             answers = [[] for _ in items]
         rows = [prompt + answer for prompt, answer in zip(prompts, answers)]
@@ -196,7 +198,7 @@ class EasyVQA:
         ids: list[int] = generated_ids.tolist()
         if self.tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(self.tokenizer.eos_token_id)]
-        return float(self.tokenizer.decode(ids).strip() == item["answer"])
+        return float(str(self.tokenizer.decode(ids)).strip() == item["answer"])
 
     def slideshow(self, tokens: int, question: str = "what is the shape?") -> Batch:
         """A video of many test images and a question on it: a real input of any length, for benchmarks.
@@ -225,8 +227,8 @@ class EasyVQA:
             )
         steps = round(tokens / per_image)
         images = self.pixels([paths[i % len(paths)] for i in range(steps)])
-        (ids,) = self._ids([question])
-        input_ids = torch.tensor([self._prompt(ids, self.config.video_token_id, steps * per_image)])
+        (ids,) = self.ids([question])
+        input_ids = torch.tensor([self.prompt(ids, self.config.video_token_id, steps * per_image)])
         return {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),

@@ -31,6 +31,10 @@ class NoVisionTokens(TaskError, ValueError):
     """An image is too small to give a single vision token."""
 
 
+class EmptyBatch(TaskError, ValueError):
+    """A batch was asked for without an item."""
+
+
 class VideoTooShort(TaskError, ValueError):
     """A video is too short to give a single temporal patch."""
 
@@ -44,15 +48,21 @@ class Task(Protocol):
 
     Attributes:
         name: Short name for tables and file names.
-        train: Items of the training split.
-        test: Items of the split that accuracy is reported on.
         max_new_tokens: Length of the longest answer, its end token included.
     """
 
     name: str
-    train: Sequence[Item]
-    test: Sequence[Item]
     max_new_tokens: int
+
+    @property
+    def train(self) -> Sequence[Item]:
+        """Items of the training split."""
+        ...
+
+    @property
+    def test(self) -> Sequence[Item]:
+        """Items of the split that accuracy is reported on."""
+        ...
 
     def collate(self, items: Sequence[Item]) -> Batch:
         """Training batch: right-padded `input_ids`, `attention_mask` and `labels` [B, N], and the model's own.
@@ -71,9 +81,13 @@ class Task(Protocol):
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"]) -> Tensor:
-    """Stacks rows of unequal length into one int64 tensor [B, N], filled with `value` on one side."""
+    """Stacks rows of unequal length into one int64 tensor [B, N], filled with `value` on one side.
+
+    Raises:
+        EmptyBatch: There is no row.
+    """
     if not rows:
-        raise ValueError("cannot make a batch of no items: pass at least one")
+        raise EmptyBatch("cannot make a batch of no items: pass at least one")
     length = max(map(len, rows))
     batch = torch.full((len(rows), length), value, dtype=torch.long)
     for row, ids in zip(batch, rows):

@@ -18,10 +18,13 @@ IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 SPECIAL = (PAD, UNKNOWN, END, VISION_START, VISION_END, IMAGE, VIDEO)
 
 WORDS = (
-    "? a circle rectangle triangle black blue brown gray green red teal yellow yes no not "
-    "color contain does image in is of present shape the there what"
-).split()
-"""Every word of the questions and answers of easy-VQA."""
+    *("?", "a"),
+    *("circle", "rectangle", "triangle"),
+    *("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
+    *("yes", "no", "not"),
+    *("color", "contain", "does", "image", "in", "is", "of", "present", "shape", "the", "there", "what"),
+)
+"""Every word of the questions and answers of easy-VQA; the order makes the ids of the weights that ship."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -45,7 +48,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     A 64×64 image is 16×16 patches of 4×4 pixels, hence 8×8 vision tokens. The first vision block attends
     in windows of 4×4 tokens, the second to the whole image.
     """
-    image, video, start, end = tokenizer.convert_tokens_to_ids([IMAGE, VIDEO, VISION_START, VISION_END])
+    ids = tokenizer.get_vocab()
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -74,10 +77,10 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "fullatt_block_indexes": [1],
             "initializer_range": 0.1,
         },
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
+        image_token_id=ids[IMAGE],
+        video_token_id=ids[VIDEO],
+        vision_start_token_id=ids[VISION_START],
+        vision_end_token_id=ids[VISION_END],
         tie_word_embeddings=True,
     )
 

@@ -48,41 +48,57 @@ class Packer:
         task, end = self.task, self.task.tokenizer.eos_token_id
         images = task.pixels([items[0]["image"] for items in groups])
         head = task.prompt([], task.config.image_token_id, task.patcher.tokens(images[0]))
-        ids, labels, columns, owners = [], [], [], []
+        rows = []
         for items in groups:
-            row, label = list(head), [IGNORED] * len(head)
-            column, owner = list(range(len(head))), [0] * len(head)
+            tokens = [(token, IGNORED, column, 0) for column, token in enumerate(head)]
             questions, answers = (task.ids([item[part] for item in items]) for part in ("question", "answer"))
             for pair, (question, answer) in enumerate(zip(questions, answers), start=1):
-                row += [*question, *answer, end]
-                label += [*[IGNORED] * len(question), *answer, end]
-                column += range(len(head), len(head) + len(question) + len(answer) + 1)
-                owner += [pair] * (len(question) + len(answer) + 1)
-            ids.append(row), labels.append(label), columns.append(column), owners.append(owner)
-        owned = pad(owners, -1, "right")
-        sees = (owned[:, None, :] == 0) | (owned[:, None, :] == owned[:, :, None])
+                known = [*answer, end]
+                labelled = zip([*question, *known], [IGNORED] * len(question) + known)
+                tokens += [(token, label, len(head) + i, pair) for i, (token, label) in enumerate(labelled)]
+            rows.append(tokens)
+        ids, labels, columns, owners = (
+            pad([[token[field] for token in row] for row in rows], filler, "right")
+            for field, filler in enumerate((task.tokenizer.pad_token_id, IGNORED, 0, -1))
+        )
+        sees = (owners[:, None, :] == 0) | (owners[:, None, :] == owners[:, :, None])
         return {
-            "input_ids": pad(ids, task.tokenizer.pad_token_id, "right"),
+            "input_ids": ids,
             "attention_mask": sees.tril()[:, None],
-            "position_ids": self.positions[:, pad(columns, 0, "right")],
+            "position_ids": self.positions[:, columns],
             "pixel_values": task.patcher.pixel_values(images),
             "image_grid_thw": torch.tensor([(len(images), *images[0].grid)]),
-            "labels": pad(labels, IGNORED, "right"),
+            "labels": labels,
         }
 
 
 def attend_in_one_call(model: Qwen2_5_VLForConditionalGeneration) -> None:
-    """Lets the vision tower attend to windows of equal length as one batch, not one window at a time."""
+    """Lets the vision tower attend to windows of equal length as one batch, not one window at a time.
+
+    A forward with windows of several lengths raises a ValueError from then on.
+    """
     # "flash" in the name makes transformers hand over all windows at once, with their bounds.
     AttentionInterface.register("flash_equal_windows", _equal_windows)
     model.model.visual.config._attn_implementation = "flash_equal_windows"
 
 
 def _equal_windows(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: object, cu_seq_lens_q: Tensor, **kwargs: object
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: object,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention of [1, H, N, P] within N / W windows of equal length W; gives [1, N, H, P]."""
     windows = len(cu_seq_lens_q) - 1
+    if windows * int(max_length_q) != query.shape[2]:
+        raise ValueError(
+            f"{windows} windows of up to {int(max_length_q)} patches hold {query.shape[2]} patches, so they are not of "
+            "one length: use images whose sides are multiples of the vision tower's window_size"
+        )
     query, key, value = (x[0].unflatten(1, (windows, -1)).transpose(0, 1) for x in (query, key, value))
     out = nn.functional.scaled_dot_product_attention(query, key, value)
     return out.transpose(1, 2).flatten(0, 1)[None], None

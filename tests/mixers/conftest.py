@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from mixers import attention
+from mixers.ops.ssd import reference as ssd
+from mixers.ops.window_attention import reference as window_attention
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -21,13 +26,18 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let tiny inputs span several blocks of every op that works block by block."""
-    from mixers import attention
-    from mixers.ops.ssd import reference as ssd
-    from mixers.ops.window_attention import reference as windows
+@contextlib.contextmanager
+def blocks_of(chunks: int, block_tokens: int, queries: int) -> Iterator[None]:
+    """Set how much every op that works block by block takes at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssd, "CHUNKS_PER_BLOCK", chunks)
+        patch.setattr(window_attention, "BLOCK_TOKENS", block_tokens)
+        patch.setattr(attention, "QUERIES_AT_ONCE", queries)
+        yield
 
-    monkeypatch.setattr(ssd, "CHUNKS_PER_BLOCK", 2)
-    monkeypatch.setattr(windows, "BLOCK_TOKENS", 16)
-    monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 8)
+
+@pytest.fixture(scope="module")
+def small_blocks() -> Iterator[None]:
+    """Let tiny inputs span several blocks."""
+    with blocks_of(chunks=2, block_tokens=16, queries=8):
+        yield

@@ -119,7 +119,9 @@ def rows(
     text = st.integers(1, 6).map(lambda n: [None] * n)
     piece = st.one_of(text, clips().map(tuple)) if vision else text
     sequence = st.lists(piece, min_size=1, max_size=3)
-    batch = draw(st.lists(st.lists(sequence, min_size=1, max_size=max_sequences), min_size=1, max_size=max_batch))
+    batch = draw(
+        st.lists(st.lists(sequence, min_size=1, max_size=max_sequences), min_size=1, max_size=max_batch)
+    )
     pad = st.integers(0, 3) if padding else st.just(0)
 
     # A slot is (sequence, clip, coordinates), or None for padding.

@@ -7,6 +7,7 @@ the attention that they come from, extended by LinMU's second direction (arXiv 2
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from einops import rearrange
@@ -75,37 +76,45 @@ def ssd(
         return x.new_zeros(batch, 0, heads, x.shape[-1]), state
     scan = scan or Scan(None, None, None, None, None, None, None)
     both = backward_decay is not None and scan.vision is not None
-    decays = (*decay, *backward_decay) if both and backward_decay is not None else decay
-    inputs = [t if scan.order is None else _take(t, scan.order) for t in (c, b, x, *decays)]
-    if decay[0].shape[-1] == heads:
-        group = heads // b.shape[2]
-        inputs[1:3] = [t.repeat_interleave(group, dim=2) for t in inputs[1:3]]
-
-    chunk_size = _ceil_div(length, _ceil_div(length, chunk_size))  # even chunks need the least padding
-    step = chunk_size * CHUNKS_PER_BLOCK
+    inputs = (c, b, x, *decay, *(backward_decay if both and backward_decay is not None else ()))
     tables = [
         _table(t, batch, length, c.device, fill)
         for t, fill in zip((scan.valid, scan.sequence, scan.vision, scan.extent), (True, 0, False, -1))
     ]
-    blocks = list(zip(*(t.split(step, dim=1) for t in (*inputs, *tables))))
-    entering, n_in = tables[1][:, 0], len(inputs)
-    remember = len(blocks) > 1 and torch.is_grad_enabled()
-    after: list[tuple[Tensor, Tensor] | None] = [None] * len(blocks)
-    outputs = []
+    chunk_size = _ceil_div(length, _ceil_div(length, chunk_size))  # even chunks need the least padding
+    step = chunk_size * CHUNKS_PER_BLOCK
+    order, learning = scan.order, torch.is_grad_enabled()
+    if order is not None and learning:  # at once: taken by blocks, every block's gradient would be N long
+        inputs, order = tuple(_take(t, order) for t in inputs), None
+    orders = None if order is None else order.split(step, dim=1)
+    slices, masks = (list(zip(*(t.split(step, dim=1) for t in ts))) for ts in (inputs, tables))
+
+    def block(i: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return slices[i] if orders is None else tuple(_take(t, orders[i]) for t in inputs), masks[i]
+
+    parts, y = [], x.new_empty(0 if learning else batch, length, heads, x.shape[-1])
+    after: list[tuple[Tensor, Tensor] | None] = [None] * len(masks)
+    entering = tables[1][:, 0]
     with _without_autocast(c.device):
         if both:
-            after = _backward_states(blocks, n_in, chunk_size, denominator, accumulate, shape)
-        for block, later in zip(blocks, after):
-            given, masks = block[:n_in], block[n_in:]
-            arguments = (given, masks, state, entering, later, chunk_size, denominator, accumulate)
-            if remember:
-                y, state = checkpoint(_block, *arguments, use_reentrant=False)
+            after = _backward_states(block, len(masks), chunk_size, denominator, accumulate, shape)
+        for i, later in enumerate(after):
+            arguments = (*block(i), state, entering, later, chunk_size, denominator, accumulate)
+            if learning and len(masks) > 1:
+                part, state = checkpoint(_block, *arguments, use_reentrant=False)
             else:
-                y, state = _block(*arguments)
-            entering = block[n_in + 1][:, -1]
-            outputs.append(y)
-    y = torch.cat(outputs, dim=1)
-    return (y if scan.inverse is None else _take(y, scan.inverse)), state
+                part, state = _block(*arguments)
+            entering = masks[i][1][:, -1]
+            if learning:
+                parts.append(part)
+            elif orders is None:
+                y[:, i * step : (i + 1) * step] = part
+            else:
+                y.flatten(0, 1).index_copy_(0, _flat(orders[i], length), part.flatten(0, 1))
+    if learning:
+        y = torch.cat(parts, dim=1)
+        y = y if scan.inverse is None else _take(y, scan.inverse)
+    return y, state
 
 
 def ssd_step(
@@ -204,24 +213,28 @@ def _block(
 
 
 def _backward_states(
-    blocks: list[tuple[Tensor, ...]],
-    n_in: int,
+    block: Callable[[int], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
+    blocks: int,
     chunk: int,
     denominator: bool,
     accumulate: torch.dtype,
     shape: tuple[int, ...],
 ) -> list[tuple[Tensor, Tensor] | None]:
     """For each block, the backward state of all that comes after it and the extent it is of."""
-    device = blocks[0][0].device
-    state = torch.zeros(shape, dtype=accumulate, device=device)
-    extent = torch.full((shape[0],), -1, dtype=torch.long, device=device)
+    given, masks = block(blocks - 1)
+    state = torch.zeros(shape, dtype=accumulate, device=given[0].device)
+    extent = torch.full_like(masks[3][:, 0], -1)
     after: list[tuple[Tensor, Tensor] | None] = [(state, extent)]
-    for block in reversed(blocks[1:]):
+    for i in range(blocks - 1, 0, -1):
+        given, masks = block(i)
 
-        def sweep(state: Tensor, extent: Tensor, block: tuple[Tensor, ...] = block) -> Tensor:
-            _, b, x, _, _, _, extents, *decays = _chunked(
-                block[:n_in], block[n_in:], chunk, denominator, accumulate
-            )
+        def sweep(
+            state: Tensor,
+            extent: Tensor,
+            given: tuple[Tensor, ...] = given,
+            masks: tuple[Tensor, ...] = masks,
+        ) -> Tensor:
+            _, b, x, _, _, _, extents, *decays = _chunked(given, masks, chunk, denominator, accumulate)
             total, _ = _totals(decays[2], extents)
             sums, keep = _backward_sums(b, x, total - decays[2], total, decays[3], extents, extent)
             return _carry(state, keep.flip(1), sums.flip(1))[1]
@@ -230,7 +243,7 @@ def _backward_states(
             state = checkpoint(sweep, state, extent, use_reentrant=False)
         else:
             state = sweep(state, extent)
-        extent = block[n_in + 3][:, 0]
+        extent = masks[3][:, 0]
         after.append((state, extent))
     return after[::-1]
 
@@ -289,6 +302,8 @@ def _chunked(
     c, b, x, *decays = (t.to(accumulate) for t in inputs)
     valid, sequence, vision, extent = tables
     x = _with_ones(x, denominator)
+    if (group := decays[0].shape[2] // b.shape[2]) > 1:
+        b, x = (t.repeat_interleave(group, dim=2) for t in (b, x))
     active = [valid, valid, vision, vision]
     decays = [d * m[..., None] for d, m in zip(decays, active)]
     short = -c.shape[1] % chunk
@@ -314,9 +329,14 @@ def _divided(y: Tensor, denominator: bool) -> Tensor:
 
 
 def _take(t: Tensor, order: Tensor) -> Tensor:
-    """Reorder the tokens of t [B, N, …] by order [B, N]."""
-    index = order.reshape(*order.shape, *[1] * (t.ndim - 2)).expand_as(t)
-    return t.gather(1, index)
+    """Take tokens of t [B, N, …] as order [B, S] says."""
+    return t.flatten(0, 1).index_select(0, _flat(order, t.shape[1])).unflatten(0, order.shape)
+
+
+def _flat(order: Tensor, length: int) -> Tensor:
+    """Indices [B, S] into rows as indices [B·S] into all tokens."""
+    rows = torch.arange(len(order), device=order.device)[:, None] * length
+    return (rows + order).flatten()
 
 
 def _table(t: Tensor | None, batch: int, length: int, device: torch.device, fill: bool | int) -> Tensor:

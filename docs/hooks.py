@@ -1,0 +1,140 @@
+"""What mkdocs does besides Markdown: formulas, results from JSON, the command's help, and links in docstrings.
+
+``python docs/hooks.py`` writes the demo's table into README.md, from docs/results/demo.json.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from recipes.results import Results, show
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+NOT_MEASURED = "Not measured yet: there is no `docs/results/demo.json`. `make demo` makes one."
+
+ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):<code>(~?)([\w.]+)</code>")
+README_TABLE = re.compile(r"(?<=<!-- docs/results/demo.json -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+def on_config(config: Any) -> Any:
+    """Draw ```math fences as MathML, which browsers show without a script."""
+    from latex2mathml.converter import convert
+
+    def mathml(source: str, *_: Any, **__: Any) -> str:
+        return f"<p>{convert(source, display='block')}</p>"
+
+    fences = [{"name": "math", "class": "math", "format": mathml}]
+    config["mdx_configs"].setdefault("pymdownx.superfences", {})["custom_fences"] = fences
+    return config
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Fill the pages whose content is computed."""
+    computed = {"results/index.md": results_page, "reference/command.md": command_page}
+    make = computed.get(page.file.src_uri)
+    return markdown if make is None else f"{markdown}\n\n{make()}"
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Turn the cross-references of docstrings (:class:`~mixers.TokenLayout`) into links."""
+
+    def link(match: re.Match[str]) -> str:
+        short, target = match.groups()
+        shown = target.rpartition(".")[2] if short else target
+        return f'<autoref optional identifier="{target}"><code>{html.escape(shown)}</code></autoref>'
+
+    return ROLE.sub(link, content)
+
+
+def results_page(folder: Path = RESULTS) -> str:
+    """Write every results file of a folder as Markdown."""
+    parts = [NOT_MEASURED] if not (folder / "demo.json").exists() else []
+    for path in sorted(folder.glob("*.json")):
+        results = Results.read(path)
+        parts.append(f"## {path.stem}")
+        if path.with_suffix(".png").exists():
+            parts.append(f"![{path.stem}]({path.stem}.png)")
+        parts.append(table([{"figure": f"`{name}`", "value": v} for name, v in results.figures.items()]))
+        if results.rows:
+            parts.append(table(results.rows))
+        versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+        commit = f", commit `{results.commit[:12]}`" if results.commit else ""
+        parts.append(f"`{results.command}` on {results.device}, {results.date[:10]}{commit}; {versions}.")
+    return "\n\n".join(parts)
+
+
+def command_page() -> str:
+    """Write the help of ``linmu`` and of each of its commands as Markdown."""
+    import typer
+
+    from recipes.cli import app
+
+    return "\n\n".join(_help("linmu", typer.main.get_command(app)))
+
+
+def readme_table(folder: Path = RESULTS) -> str:
+    """Write what the demo's student gains as Markdown, or that it was not measured."""
+    path = folder / "demo.json"
+    if not path.exists():
+        return NOT_MEASURED
+    results = Results.read(path)
+    compared = [row for row in results.rows if row.get("teacher") is not None]
+    names = {"measure": "measure", "teacher": "teacher", "student": "student", "ratio": "student / teacher"}
+    rows = [{shown: row.get(name) for name, shown in names.items()} for row in compared]
+    return f"{table(rows)}\n\n`{results.command}` on {results.device}, {results.date[:10]}."
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Write rows as a Markdown table; a column of numbers is aligned right, an empty one left out."""
+    keys = [
+        key
+        for key in dict.fromkeys(key for row in rows for key in row)
+        if any(row.get(key) != "" for row in rows)
+    ]
+    numeric = {key for key in keys if all(isinstance(row.get(key), int | float | None) for row in rows)}
+    lines = [keys, ["--:" if key in numeric else "---" for key in keys]]
+    lines += [[show(row.get(key)).replace("|", "\\|") for key in keys] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _help(path: str, command: Any) -> Iterator[str]:
+    yield f"## `{path}`"
+    paragraphs = re.split(r"\n\s*\n", (command.help or "").strip())
+    yield "\n\n".join(_plain(paragraph) for paragraph in paragraphs)
+    shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
+    rows = [
+        {
+            "argument or option": f"`{'`, `'.join(_names(parameter))}`",
+            "what": _plain(parameter.help or ""),
+            "default": "" if parameter.default in (None, False) else f"`{parameter.default}`",
+        }
+        for parameter in shown
+        if parameter.name != "help"
+    ]
+    if rows:
+        yield table(rows)
+    for name, inner in sorted(getattr(command, "commands", {}).items()):
+        yield from _help(f"{path} {name}", inner)
+
+
+def _names(parameter: Any) -> list[str]:
+    if parameter.param_type_name == "argument":
+        return [parameter.metavar or parameter.name.upper()]
+    return [*parameter.opts, *parameter.secondary_opts]
+
+
+def _plain(text: str) -> str:
+    """Take rich's style marks out of a help text; examples become code."""
+    example = text.startswith(("[dim]linmu", "[bold]linmu"))
+    text = re.sub(r"\[/?(?:bold|dim)?\]", "", text)
+    return "\n".join(f"    {line.strip()}" for line in text.splitlines()) if example else text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(README_TABLE.sub(lambda _: f"{readme_table()}\n", readme.read_text()))

@@ -1,0 +1,228 @@
+"""Hidden-state alignment: hooks that show what the teacher did and measure how far the student is from it.
+
+In the *injected* form each mixer of the student gets the input that the teacher's attention had, and its
+output is compared with the teacher's; no gradient passes between layers. Where no other loss needs the
+student's own stream, the teacher's output also goes on in place of the mixer's, so the graph of a layer
+ends there, and with gradient checkpointing one layer's graph is alive at a time. Otherwise the mixer is
+called a second time, beside the stream. In the *chained* form the student's own stream is compared.
+
+The hooks run inside the student's forward, in whatever wraps it (DDP, FSDP), and get the keyword
+arguments that Hugging Face passes. What the teacher did comes to them as one of these, so gradient
+checkpointing, which calls a layer again in the backward pass, compares it with the same batch again; a
+forward without it, such as an evaluation between two steps, is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+import bridges
+from recipes.data.task import Batch
+from recipes.errors import LossError
+from recipes.losses import hidden_state_loss, valid_tokens
+from recipes.plan import HiddenStates
+from recipes.selection import converted_attention
+
+
+TRACE = "linmu_trace"
+"""Keyword argument by which a :class:`Trace` reaches the student's layers."""
+
+
+@dataclass(eq=False)
+class Trace:
+    """What the teacher did with a batch, and how far from it the student is.
+
+    Attributes:
+        valid: bool [B, N], the tokens that are not padding.
+        hidden: Last hidden states [B, N, D].
+        logits: Those of the last token [B, V].
+        inputs: Layer index → input of its attention [B, N, D].
+        outputs: Layer index → output of its attention, or of the layer.
+        losses: Layer index → loss, while the student runs; None afterwards.
+    """
+
+    valid: Tensor
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    losses: dict[int, Tensor] | None = field(default_factory=dict)
+
+    def compare(self, index: int, output: Tensor) -> None:
+        """Measure the student's output at a layer."""
+        loss = hidden_state_loss(output, self.outputs[index], self.valid)
+        if self.losses is not None:
+            self.losses[index] = loss
+
+    def finish(self) -> Tensor:
+        """Return the loss averaged over layers, when the student has run.
+
+        Raises:
+            LossError: No layer was compared.
+        """
+        losses, self.losses = self.losses, None
+        if not losses:
+            raise LossError(
+                "no layer was compared: the model does not pass keyword arguments on to its layers, so its hidden "
+                "states cannot be aligned."
+            )
+        return torch.stack(list(losses.values())).mean()
+
+
+class TeacherTrace:
+    """Runs the teacher once a batch and records what the losses of a stage need.
+
+    Args:
+        teacher: The frozen teacher.
+        student: The converted student; its converted layers are the ones recorded.
+        alignment: Settings of the hidden-state loss, None where a stage has none.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, alignment: HiddenStates | None) -> None:
+        self.teacher = teacher
+        self.trace: Trace | None = None
+        self.handles = [teacher.get_decoder().register_forward_hook(self._keep_hidden)]
+        if alignment is None:
+            return
+        attention = bridges.attention_layers(teacher)
+        modules = attention if alignment.at == "attention" else _layers_of(teacher, attention)
+        for index in converted_attention(student):
+            hook = _Recorder(self, index, inputs=alignment.form == "injected")
+            self.handles.append(modules[index].register_forward_hook(hook, with_kwargs=True))
+
+    def __call__(self, batch: Batch) -> Trace:
+        """Run the teacher on a batch without labels."""
+        trace = self.trace = Trace(valid_tokens(batch))
+        try:
+            with torch.no_grad():
+                trace.logits = self.teacher(**batch, use_cache=False, logits_to_keep=1).logits[:, -1]
+        finally:
+            self.trace = None
+        return trace
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        _remove(self.handles)
+
+    def _keep_hidden(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        if self.trace is not None:
+            self.trace.hidden = output[0]
+
+
+@dataclass
+class _Recorder:
+    """Forward hook on one of the teacher's modules."""
+
+    owner: TeacherTrace
+    index: int
+    inputs: bool
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        trace = self.owner.trace
+        if trace is None:
+            return
+        if self.inputs:
+            trace.inputs[self.index] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        trace.outputs[self.index] = _first(output)
+
+
+class Alignment:
+    """Hooks that measure the hidden-state loss while the student runs with a :data:`TRACE`.
+
+    Args:
+        student: The converted student.
+        settings: Form and place of the comparison.
+        own_stream: Whether another loss needs the student's own stream, which then must go on.
+    """
+
+    def __init__(self, student: nn.Module, settings: HiddenStates, own_stream: bool) -> None:
+        self.handles: list[RemovableHandle] = []
+        attention = converted_attention(student)
+        modules = attention if settings.at == "attention" else _layers_of(student, attention)
+        for index, module in modules.items():
+            if settings.form == "chained":
+                after: _Chained = _Chained(index)
+            elif own_stream:
+                after = _Beside(index)
+            else:
+                after = _Injected(index)
+                self.handles.append(module.register_forward_pre_hook(after.swap_input, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(after, with_kwargs=True))
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        _remove(self.handles)
+
+
+@dataclass
+class _Chained:
+    """Forward hook that compares a module's output."""
+
+    index: int
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if (trace := kwargs.get(TRACE)) is not None:
+            return self.compare(trace, module, args, kwargs, output)
+        return None
+
+    def compare(
+        self, trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        trace.compare(self.index, _first(output))
+
+
+class _Injected(_Chained):
+    """Hooks that give an attention module the teacher's input, and what follows it the teacher's output."""
+
+    def swap_input(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        trace = kwargs.get(TRACE)
+        return (args, kwargs) if trace is None else _with_input(args, kwargs, trace.inputs[self.index])
+
+    def compare(
+        self, trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        trace.compare(self.index, _first(output))
+        return trace.outputs[self.index], *output[1:]
+
+
+class _Beside(_Chained):
+    """Forward hook that calls the module once more, on the teacher's input."""
+
+    def compare(
+        self, trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        args, kwargs = _with_input(args, kwargs, trace.inputs[self.index])
+        trace.compare(self.index, _first(module.forward(*args, **kwargs)))
+
+
+def _layers_of(model: nn.Module, attention: Mapping[int, nn.Module]) -> dict[int, nn.Module]:
+    """Return the decoder layer that holds each attention module."""
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    return {index: modules[names[id(module)].rpartition(".")[0]] for index, module in attention.items()}
+
+
+def _with_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if "hidden_states" in kwargs:
+        return args, {**kwargs, "hidden_states": hidden}
+    return (hidden, *args[1:]), kwargs
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()

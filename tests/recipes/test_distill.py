@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+import bridges
+from recipes.checkpoint import read_tensors
+from recipes.distill import _adapt, distill
+from recipes.errors import CheckpointError, PatternError, RunError
+from recipes.plan import LoRA, Stage
+from recipes.run import Run
+from recipes.selection import select
+from recipes.trainer import checkpoints
+from tests.recipes.toys import MODELS, QUIET, Kill, Riddles, batch, recipe, stage, teacher, three_stages
+
+
+def run(folder, kind="llama", stages=None, callbacks=QUIET, **kwargs):
+    plan = recipe(*(three_stages() if stages is None else stages))
+    task = Riddles(images=kind == "qwen")
+    return distill(plan, folder, teacher=teacher(kind), task=task, callbacks=callbacks, **kwargs)
+
+
+def weights(model):
+    return dict(model.named_parameters())
+
+
+def without_seconds(history):
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return {kind: run(tmp_path_factory.mktemp(kind) / "run", kind) for kind in MODELS}
+
+
+KILLS = {
+    "before any checkpoint": Kill("flex-ma", 1),
+    "after a checkpoint": Kill("flex-ma", 2, after_save=True),
+    "between checkpoints, accumulating": Kill("local-swin", 3),
+    "at a stage's last step": Kill("local-swin", 4),
+    "in the LoRA stage, with dropout": Kill("lora", 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "kill"),
+    [*(("llama", kill) for kill in KILLS), ("qwen", "between checkpoints, accumulating")],
+)
+def test_a_killed_run_resumed_is_the_run_that_was_not_killed(tmp_path, whole, kind, kill):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, kind, callbacks=[KILLS[kill]])
+    resumed = run(tmp_path, kind)
+    expected = weights(whole[kind].student)
+    assert weights(resumed.student).keys() == expected.keys()
+    for name, parameter in weights(resumed.student).items():
+        assert torch.equal(parameter, expected[name]), name
+    assert without_seconds(resumed.history) == without_seconds(whole[kind].history)
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_a_finished_run_has_a_student_to_load_and_a_history(whole, kind):
+    done = whole[kind]
+    loaded = bridges.load_pretrained(done.out / "student")
+    for name, parameter in weights(loaded).items():
+        assert torch.equal(parameter, weights(done.student)[name]), name
+    assert json.loads((done.out / "history.json").read_text()) == done.history
+    assert list(dict.fromkeys(entry["stage"] for entry in done.history)) == ["flex-ma", "local-swin", "lora"]
+    assert not [path for folder in Run(done.out, recipe(*three_stages())).stages for path in checkpoints(folder.path)]
+    assert not [path for path in done.out.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_a_finished_run_called_again_trains_nothing(whole, kind):
+    again = run(whole[kind].out, kind, callbacks=[Kill("flex-ma", 1)])
+    for name, parameter in weights(again.student).items():
+        assert torch.equal(parameter, weights(whole[kind].student)[name]), name
+
+
+def test_stages_train_what_they_say_and_leave_the_teacher_alone(whole):
+    done = whole["llama"]
+    first, second, third = (read_tensors(folder.result) for folder in Run(done.out, recipe(*three_stages())).stages)
+    fresh = copy.deepcopy(MODELS["llama"]())
+    original = weights(MODELS["llama"]())
+    for name, parameter in done.teacher.model.named_parameters():
+        assert torch.equal(parameter, original[name])
+        assert not parameter.requires_grad
+    assert first.keys() == second.keys()
+    assert {name for name in third if ".mlp." in name} == third.keys() - second.keys()
+    untouched = [n for n, p in weights(fresh).items() if "self_attn" not in n and ".mlp." not in n]
+    for name in untouched:
+        assert torch.equal(weights(done.student)[name], original[name]), name
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_merged_lora_equals_unmerged(kind):
+    model = MODELS[kind]()
+    bridges.replace_attention(model, "mmate", text_window=4, window=(1, 2, 2), chunk_size=8)
+    plan = Stage(**stage(lora={"targets": [r"layers\.\d+\.mlp\."], "rank": 2}))
+    adapted = _adapt(model, plan.lora, select(plan, model)).eval()
+    assert isinstance(adapted, PeftModel)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    inputs = {k: v for k, v in batch(kind).items() if k != "labels"}
+    with torch.no_grad(), adapted.disable_adapter():
+        plain = adapted(**inputs).logits
+    with torch.no_grad():
+        unmerged = adapted(**inputs).logits
+        merged = adapted.merge_and_unload()(**inputs).logits
+    torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(merged, plain, rtol=1e-2, atol=1e-2)
+
+
+def test_what_trains_is_fp32_and_the_rest_keeps_the_teachers_type():
+    model = MODELS["llama"]().to(torch.bfloat16)
+    bridges.replace_attention(model, "mmate")
+    plan = Stage(**stage(lora=LoRA(targets=["up_proj"]).model_dump()))
+    adapted = _adapt(model, plan.lora, select(plan, model))
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32, name
+    assert adapted.get_base_model().model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_a_bf16_teacher_gives_a_bf16_student(tmp_path):
+    source = teacher()
+    source.model.to(torch.bfloat16)
+    stages = three_stages()[1:]
+    done = distill(recipe(*stages), tmp_path, teacher=source, task=Riddles(images=False), callbacks=QUIET)
+    types = {name.rpartition(".")[2]: p.dtype for name, p in done.student.named_parameters()}
+    assert types["A_log"] == torch.float32
+    assert {dtype for name, dtype in types.items() if name not in ("A_log", "dt_bias")} == {torch.bfloat16}
+    assert all(entry["loss"] > 0 for entry in done.history)
+
+
+def test_a_refused_recipe_writes_nothing(tmp_path):
+    for stages in ([stage(), stage(name="two", trainable=["nothing"])], [stage(lora={"targets": ["nothing"]})]):
+        with pytest.raises(PatternError):
+            run(tmp_path / "run", stages=stages)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_converted_teacher_is_refused_and_nothing_is_written(tmp_path):
+    source = teacher()
+    bridges.replace_attention(source.model, "mmate")
+    with pytest.raises(bridges.AlreadyConvertedError):
+        distill(recipe(stage()), tmp_path / "run", teacher=source, task=Riddles(images=False), callbacks=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_recipe_or_teacher_in_the_same_folder_is_refused(tmp_path):
+    run(tmp_path, stages=[stage()])
+    with pytest.raises(RunError, match=r"recipe\.stages\.0\.steps: 2 there, 3 here"):
+        run(tmp_path, stages=[stage(steps=3)])
+    other = teacher()
+    with torch.no_grad():
+        other.model.model.norm.weight[0] += 1
+    with pytest.raises(RunError, match="another teacher"):
+        distill(recipe(stage()), tmp_path, teacher=other, task=Riddles(images=False), callbacks=QUIET)
+    with pytest.raises(RunError, match="holds a run already"):
+        run(tmp_path, stages=[stage()], resume=False)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_checkpoint_is_refused(tmp_path, file, damage):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, stages=[stage(steps=4, save_every=2)], callbacks=[Kill("one", 3)])
+    path = tmp_path / "stages" / "1-one" / "checkpoint-2" / file
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=file):
+        run(tmp_path, stages=[stage(steps=4, save_every=2)])
+    assert path.parent.exists()
+
+
+def test_a_damaged_or_missing_stage_result_is_refused(tmp_path):
+    stages = [stage(), stage(name="two", steps=1)]
+    run(tmp_path, stages=stages)
+    result = Run(tmp_path, recipe(*stages)).stages[1].result
+    result.write_bytes(result.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
+        run(tmp_path, stages=stages)
+    Run(tmp_path, recipe(*stages)).stages[0].result.unlink()
+    with pytest.raises(CheckpointError, match="is missing, though a later stage is done"):
+        run(tmp_path, stages=stages)

@@ -1,0 +1,108 @@
+"""Evaluation by generation: known answers give known accuracies, batched and left-padded or not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import bridges
+from recipes.data.task import IGNORED
+from recipes.evaluate import EvaluationError, evaluate, perplexity
+from tests.recipes.toys import MODELS, Riddles
+
+
+def riddles_that_the_model_solves(kind: str, model: torch.nn.Module, wrong: int = 0) -> Riddles:
+    """Riddles whose answers are what the model generates one by one, but for the first few."""
+    task = Riddles(images=kind == "qwen", items=12)
+    task.test = [dict(item) for item in task.train]
+    for number, item in enumerate(task.test):
+        prompt = task.prompts([item])
+        generated = model.generate(**prompt, max_new_tokens=task.max_new_tokens, do_sample=False)
+        item["answer"] = generated[0, prompt["input_ids"].shape[1] :].tolist()
+        item["category"] = "even" if number % 2 == 0 else "odd"
+        if number < wrong:
+            item["answer"] = [*item["answer"][:-1], -1]
+    return task
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_left_padded_batches_give_the_answers_that_single_prompts_give(kind: str, converted: bool) -> None:
+    model = MODELS[kind]()
+    if converted:
+        bridges.replace_attention(model, "mmate", text_window=4, window=(1, 2, 2))
+    task = riddles_that_the_model_solves(kind, model, wrong=3)
+    told = []
+    found = evaluate(model, task, batch_size=5, progress=lambda done, total: told.append((done, total)))
+    assert found.accuracy == 9 / 12
+    assert found.questions == 12
+    assert told == [(5, 12), (10, 12), (12, 12)]
+    assert {name: (g.accuracy, g.questions) for name, g in found.groups.items()} == {
+        "even": (4 / 6, 6),
+        "odd": (5 / 6, 6),
+    }
+    assert [row["questions"] for row in found.rows()] == [6, 6]
+
+
+def test_a_limit_is_spread_over_the_split() -> None:
+    model = MODELS["llama"]()
+    task = riddles_that_the_model_solves("llama", model, wrong=6)
+    found = evaluate(model, task, limit=4)
+    assert found.questions == 4
+    assert found.accuracy == 0.5
+    assert evaluate(model, task, limit=99).questions == 12
+
+
+def test_the_answer_is_the_group_where_there_is_no_category() -> None:
+    model = MODELS["llama"]()
+    task = riddles_that_the_model_solves("llama", model)
+    for item in task.test:
+        del item["category"]
+    assert set(evaluate(model, task).groups) == {str(item["answer"]) for item in task.test}
+
+
+def test_the_mode_of_the_model_is_as_before() -> None:
+    model = MODELS["llama"]()
+    model.train()
+    evaluate(model, Riddles(images=False))
+    assert model.training
+    perplexity(model, Riddles(images=False))
+    assert model.training
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_no_questions_are_an_error(limit: int) -> None:
+    with pytest.raises(EvaluationError, match="no question"):
+        evaluate(MODELS["llama"](), Riddles(images=False), limit=limit)
+
+
+def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large() -> None:
+    model = MODELS["llama"]()
+    model.lm_head.weight.data.zero_()
+    found = perplexity(model, Riddles(images=False))
+    assert math.isclose(found.perplexity, model.config.vocab_size, rel_tol=1e-4)
+
+
+def test_perplexity_is_over_all_tokens_alike_whatever_the_batches() -> None:
+    model, task = MODELS["llama"](), Riddles(images=False)
+    batch = task.collate(task.test)
+    batch["labels"][0] = IGNORED
+    task.collate = lambda items: {k: v[[task.test.index(i) for i in items]] for k, v in batch.items()}
+    with torch.no_grad():
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    at = labels != IGNORED
+    expected = torch.nn.functional.cross_entropy(logits[at], labels[at]).exp()
+    for size in (1, 3, 8):
+        found = perplexity(model, task, batch_size=size)
+        assert found.tokens == int(at.sum())
+        assert math.isclose(found.perplexity, float(expected), rel_tol=1e-5)
+
+
+def test_a_loss_that_is_no_number_is_an_error() -> None:
+    model = MODELS["llama"]()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(EvaluationError, match="nan"):
+        perplexity(model, Riddles(images=False))

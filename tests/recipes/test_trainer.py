@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import copy
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import safe_globals
+
+import bridges
+import recipes.trainer
+from recipes.checkpoint import read_tensors, verify
+from recipes.data.rows import Collator, Rows
+from recipes.distill import _adapt
+from recipes.errors import CheckpointError, NonFiniteLossError
+from recipes.plan import Stage
+from recipes.selection import activate, select
+from recipes.trainer import DistillTrainer, checkpoints, training_arguments
+from tests.recipes.toys import MODELS, QUIET, Riddles, stage
+
+
+def trainer(folder, kind="llama", callbacks=QUIET, **fields):
+    plan = Stage(**stage(**fields))
+    teacher = MODELS[kind]().requires_grad_(False)
+    student = copy.deepcopy(teacher)
+    torch.manual_seed(0)
+    bridges.replace_attention(student, "mmate", text_window=4, window=(1, 2, 2), chunk_size=8)
+    activate(student, plan.active)
+    model = _adapt(student, plan.lora, select(plan, student))
+    task = Riddles(images=kind == "qwen")
+    return DistillTrainer(
+        model,
+        stage=plan,
+        teacher=teacher,
+        arguments=training_arguments(plan, Path(folder), seed=0, quiet=True),
+        data=Rows(task.train, None, own=True),
+        collate=Collator(task, 0),
+        callbacks=callbacks,
+    )
+
+
+def snapshot(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"losses": {"hidden_states": 1.0}, "active": ["flex_ma"], "trainable": [r"branches\.flex_ma", "[qkvo]_proj"]},
+        {"losses": {"hidden_states": {"form": "chained"}, "token_kd": 1.0}},
+        {"trainable": [r"layers\.1.*norm"], "lora": {"targets": ["up_proj"]}, "losses": {"task": 1.0}},
+    ],
+)
+def test_training_changes_what_the_stage_trains_and_nothing_else(tmp_path, kind, fields):
+    run = trainer(tmp_path, kind, steps=3, optimizer={"learning_rate": 1e-2, "warmup": 0}, **fields)
+    trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
+    before = snapshot(run.model)
+    run.train()
+    changed = {name for name, p in run.model.named_parameters() if not torch.equal(before[name], p)}
+    assert changed <= trained
+    # What no token of the data needs stays: the backward scan without vision.
+    idle = {name for name in trained - changed if "backward_decay" not in name}
+    assert not idle
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    """Mean over all tokens of the step, not a mean of means: rows have different numbers of tokens."""
+    losses = {"token_kd": {"tokens": "valid", "weight": 1.0}}
+    after = []
+    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        run = trainer(
+            tmp_path / str(size), steps=2, batch_size=size, gradient_accumulation=accumulation, losses=losses
+        )
+        run.train()
+        after.append((snapshot(run.model), run.history))
+    (whole, logged), *others = after
+    for weights, history in others:
+        for name in whole:
+            torch.testing.assert_close(weights[name], whole[name], rtol=1e-3, atol=1e-4, msg=name)
+        for a, b in zip(history, logged):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+            assert a["tokens"] == b["tokens"]
+
+
+def test_history_has_every_loss_by_name(tmp_path):
+    run = trainer(tmp_path, steps=5, log_every=2, losses={"hidden_states": {"form": "chained"}, "task": 0.5})
+    run.train()
+    assert [entry["step"] for entry in run.history] == [1, 2, 4, 5]
+    for entry in run.history:
+        assert set(entry) == {
+            "stage", "step", "loss", "hidden_states", "task", "learning_rate", "tokens", "seconds",
+        }  # fmt: skip
+        assert entry["loss"] == pytest.approx(entry["hidden_states"] + 0.5 * entry["task"], rel=1e-5)
+    assert all(a["tokens"] < b["tokens"] for a, b in zip(run.history, run.history[1:]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path, value):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    model.model.norm.weight.fill_(value)
+
+    run = trainer(tmp_path, steps=4, name="local-swin", callbacks=[Poison()])
+    stepped = []
+    run.add_callback(type("Count", (TrainerCallback,), {"on_optimizer_step": lambda *a, **k: stepped.append(1)}))
+    with pytest.raises(NonFiniteLossError, match="stage 'local-swin', step 3"):
+        run.train()
+    assert len(stepped) == 2
+    assert not run.model._forward_hooks
+
+
+def test_a_checkpoint_holds_what_trains_and_is_sealed(tmp_path):
+    run = trainer(tmp_path, steps=3, save_every=1, lora={"targets": ["up_proj"]}, trainable=[r"mixer\.gate"])
+    run.train()
+    (kept,) = checkpoints(tmp_path)
+    assert kept.name == "checkpoint-2"
+    verify(kept)
+    trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
+    assert set(read_tensors(kept / recipes.trainer.WEIGHTS)) == trained
+    for file in kept.glob("*.pt*"):
+        with safe_globals():
+            torch.load(file, weights_only=True)
+    assert not list(kept.glob("*.bin"))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed")]
+)
+def test_a_full_disk_leaves_the_older_checkpoint_whole(tmp_path, monkeypatch, error):
+    run = trainer(tmp_path, steps=4, save_every=1)
+    save, calls = torch.save, []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 4:  # optimizer, scheduler and random state of the first; one file of the second
+            raise error
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="checkpoint-1 is whole"):
+        run.train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1"]
+    verify(tmp_path / "checkpoint-1")
+
+
+def test_a_kill_while_saving_leaves_the_older_checkpoint_whole(tmp_path, monkeypatch):
+    run = trainer(tmp_path, steps=4, save_every=1)
+    seal = recipes.trainer.seal
+
+    def killed(folder):
+        if folder.name == "checkpoint-2":
+            raise KeyboardInterrupt
+        seal(folder)
+
+    monkeypatch.setattr(recipes.trainer, "seal", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
+    verify(tmp_path / "checkpoint-1")
+    monkeypatch.setattr(recipes.trainer, "seal", seal)
+    again = trainer(tmp_path, steps=4, save_every=1)
+    again.train(resume_from_checkpoint=tmp_path / "checkpoint-1")
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+def test_weight_decay_spares_vectors(tmp_path):
+    names = trainer(tmp_path).get_decay_parameter_names(MODELS["llama"]())
+    assert "model.layers.0.mlp.up_proj.weight" in names
+    assert not [name for name in names if "norm" in name]
