@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "linmu",
-    max_examples=25,
+    max_examples=int(__import__("os").environ.get("EX","25")),
     deadline=None,
     derandomize=True,
     database=None,

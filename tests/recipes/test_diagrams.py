@@ -56,3 +56,10 @@ def test_any_grid_and_window_can_be_drawn(tmp_path: Path) -> None:
         tmp_path / "r.png",
     )
     assert all(p.stat().st_size for p in tmp_path.rglob("*.*"))
+
+
+def test_a_fingerprint_changes_with_what_is_shown() -> None:
+    tokens = [(1, 3, 3), (1, 3, 3), (1, 3, 4), (0, 3, 3)]
+    prints = [diagrams.fingerprint(diagrams.windows((2, 4, 6), (2, 4, 4), token)) for token in tokens]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3

@@ -46,8 +46,9 @@ def test_a_converted_model_is_explained_as_it_is():
 
 
 def test_the_print_names_what_trains_and_what_it_costs():
-    text = str(recipe(*three_stages()).explain(MODELS["llama"]()))
-    for expected in ("flex-ma", "branches: flex_ma", "mixers", "LoRA on", "frozen", "1 × hidden_states", "4 steps"):
+    stages = [*three_stages(), stage(name="last", trainable=["mixer.[qk]_proj"])]
+    text = str(recipe(*stages).explain(MODELS["llama"]()))
+    for expected in ("mixer.[qk]_proj", "flex-ma", "branches: flex_ma", "mixers", "LoRA on", "frozen", "1 × hidden_states", "4 steps"):
         assert expected in text
 
 

@@ -16,7 +16,11 @@ from recipes.results import Results, ResultsError, first_and_last, table
 
 FIELDS = ["command", "date", "device", "versions", "commit", "figures", "rows"]
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
@@ -68,7 +72,7 @@ def test_a_write_that_breaks_leaves_the_older_file_and_nothing_else(
 def test_a_file_that_is_no_results_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "r.json"
     path.write_text(text)
-    with pytest.raises(ResultsError, match="r.json"):
+    with pytest.raises(ResultsError, match=r"r\.json"):
         Results.read(path)
 
 

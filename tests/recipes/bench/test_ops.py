@@ -62,7 +62,11 @@ def test_the_check_sees_each_direction_of_the_scan(argument: int, monkeypatch: p
         log_a, dt = args[argument]
         return reference(*args[:argument], (1.1 * log_a, dt), *args[argument + 1 :], **kwargs)
 
-    monkeypatch.setitem(op.backends, "reference", type(op.backends["reference"])("reference", other_decay, lambda: None, lambda *a, **k: None))
+    monkeypatch.setitem(
+        op.backends,
+        "reference",
+        type(op.backends["reference"])("reference", other_decay, lambda: None, lambda *a, **k: None),
+    )
     with pytest.raises(CheckFailedError):
         check("ssd", "reference", torch.float32, CPU)
 
