@@ -8,6 +8,7 @@ it is right under gradient checkpointing, where a context variable would show an
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ class _Prompt:
 
 
 class LayoutCapture:
-    """The hooks of one model, and what they pass to each other.
+    """The hooks of one model, and what they pass to each other within a thread.
 
     Args:
         family: How the model's vision inputs are read.
@@ -57,9 +58,8 @@ class LayoutCapture:
 
     def __init__(self, family: Family) -> None:
         self.family = family
-        self._prompt: _Prompt | None = None
-        self._clips: Clips | None = None
-        self._mask: Any = None
+        self._prompts: dict[int, _Prompt | None] = {}
+        self._read: dict[int, tuple[Any, Clips | None]] = {}
 
     def attach(self, model: nn.Module, decoder: nn.Module) -> None:
         """Register the hooks on the decoder of a model and on the innermost model around it."""
@@ -77,12 +77,13 @@ class LayoutCapture:
         ``generate`` encodes images before prefill and keeps their grids from forward, so they are
         read here.
         """
-        before = self._prompt
-        self._prompt = self._read_prompt(config, input_ids, inputs)
+        thread = threading.get_ident()
+        before = self._prompts.get(thread)
+        self._prompts[thread] = self._read_prompt(config, input_ids, inputs)
         try:
             yield
         finally:
-            self._prompt = before
+            self._prompts[thread] = before
 
     def _read_prompt(self, config: Any, input_ids: Any, inputs: Mapping[str, Any]) -> _Prompt | None:
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.shape[1]:
@@ -102,17 +103,18 @@ class LayoutCapture:
 
     def read_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model around the decoder."""
-        self._mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self._clips = None
-        if self._mask is not None:
-            _check_mask(self._mask)
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if mask is not None:
+            _check_mask(mask)
+        clips = None
         if kwargs.get(LAYOUT_KWARG) is None:
             input_ids = kwargs.get("input_ids", args[0] if args else None)
-            self._clips = self._find_clips(model.config, input_ids, kwargs)
+            clips = self._find_clips(model.config, input_ids, kwargs)
+        self._read[threading.get_ident()] = mask, clips
 
     def forget_inputs(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the same model, run after an error too, which may have kept them from the decoder."""
-        self._mask = self._clips = None
+        self._read.pop(threading.get_ident(), None)
 
     def add_layout(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -121,7 +123,7 @@ class LayoutCapture:
         tokens = kwargs.get("inputs_embeds")
         if tokens is None:
             tokens = kwargs.get("input_ids", args[0] if args else None)
-        mask, clips, self._mask, self._clips = self._mask, self._clips, None, None
+        mask, clips = self._read.pop(threading.get_ident(), (None, None))
         if mask is None:
             mask = kwargs.get("attention_mask")
         if tokens is not None and kwargs.get(LAYOUT_KWARG) is None:
@@ -135,7 +137,7 @@ class LayoutCapture:
         tokens = input_ids if isinstance(input_ids, Tensor) else kwargs.get("inputs_embeds")
         if not isinstance(tokens, Tensor):
             return None
-        prompt = self._prompt
+        prompt = self._prompts.get(threading.get_ident())
         if prompt is not None:
             start = _seen(kwargs) - prompt.offset
             if prompt.layout.clip is None or start >= prompt.layout.length:

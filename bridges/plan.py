@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bridges.attention import MixerAttention
-from bridges.errors import AlreadyConvertedError, BridgeError
+from bridges.errors import AlreadyConvertedError, BridgeError, UnsupportedAttentionError
 from bridges.families import Family, family_of
 from bridges.patterns import Spec, resolve
 from bridges.transfer import Transfer, transfers
@@ -21,8 +21,7 @@ from mixers import ConfigError, MixerConfig, TokenMixer, get
 from mixers.attention import Attention
 
 Init = Literal["attention", "random"]
-SHAPE_FIELDS = ("dim", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
-BIAS_FIELDS = ("qkv_bias", "out_bias")
+SHAPE_FIELDS = ("dim", "num_heads", "num_kv_heads", "head_dim", "qkv_bias", "out_bias", "qk_norm")
 
 
 @dataclass(frozen=True)
@@ -127,12 +126,13 @@ def plan(
     for index, (name, settings) in chosen.items():
         attention = attentions[index]
         cls = get(name)
+        _check_weights(index, attention)
         teachers = family.mixer_fields(attention, text_config)
         full = cls.config_class.from_dict({**teachers, **settings})
+        _check_shape(full, teachers)
         dropped = family.dropped(attention, full, name)
         with torch.device("meta"):
             mixer = cls(full, projections=init == "random")
-        _check_shape(mixer, teachers)
         done = transfers(mixer, attention, family, init, dropped)
         rows.append(LayerPlan(index, name, full, tuple(done), _state_bytes(mixer, attention)))
     kept = tuple(i for i in range(len(attentions)) if i not in chosen)
@@ -163,19 +163,24 @@ def find_attention(model: nn.Module) -> tuple[Family, list[nn.Module]]:
     return family, attentions
 
 
-def _check_shape(mixer: TokenMixer, teachers: Mapping[str, Any]) -> None:
-    """Refuse settings that contradict the teacher's projections, which every part of the mixer gets."""
-    for part in mixer.modules():
-        if not isinstance(part, TokenMixer):
-            continue
-        for field in SHAPE_FIELDS + (BIAS_FIELDS if part is mixer else ()):
-            found = getattr(part.config, field)
-            wanted = teachers.get(field, getattr(MixerConfig, field, None))
-            if found != wanted:
-                raise ConfigError(
-                    f"{field} is {wanted!r} in the teacher, found {found!r} in the settings of "
-                    f"{type(part).__name__}; leave it out, it is read from the model."
-                )
+def _check_weights(index: int, attention: nn.Module) -> None:
+    for name, parameter in attention.named_parameters():
+        if not parameter.is_floating_point():
+            raise UnsupportedAttentionError(
+                f"{name} of layer {index} is {parameter.dtype}: the model is quantised; load it in a floating-point "
+                "type, and quantise the converted model if you need to."
+            )
+
+
+def _check_shape(config: MixerConfig, teachers: Mapping[str, Any]) -> None:
+    """Refuse settings that contradict the teacher's projections, which the mixer gets."""
+    for field in SHAPE_FIELDS:
+        found, wanted = getattr(config, field), teachers.get(field, getattr(MixerConfig, field, None))
+        if found != wanted:
+            raise ConfigError(
+                f"{field} is {wanted!r} in the teacher, found {found!r} in the settings; leave it out, it is read "
+                "from the model."
+            )
 
 
 def _state_bytes(mixer: TokenMixer, attention: nn.Module) -> int | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -40,14 +42,9 @@ FP32_PARAMETERS = ("A_log", "dt_bias")
 WEIGHT_FILES = "model*.safetensors*"
 
 _AUTO_CLASSES = [
-    getattr(modeling_auto, name)
-    for name in (
-        "AutoModel",
-        "AutoModelForCausalLM",
-        "AutoModelForImageTextToText",
-        "AutoModelForMultimodalLM",
-    )
-    if hasattr(modeling_auto, name)
+    auto
+    for name, auto in vars(modeling_auto).items()
+    if name.startswith("AutoModel") and hasattr(auto, "_model_mapping")
 ]
 
 
@@ -145,6 +142,20 @@ def converted_model(base: Any) -> Any:
 class _Converted:
     """What converted models do otherwise than their base; mixed into the classes made on the fly."""
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load as the base does, and from the names in files too, where some bases name weights otherwise.
+
+        ``Trainer`` resumes by loading what ``save_pretrained`` wrote in this way, and would leave such
+        weights as they were.
+        """
+        own = self.state_dict()  # type: ignore[attr-defined]
+        if not state_dict.keys() <= own.keys():
+            in_memory = {id(tensor): name for name, tensor in own.items()}
+            in_files = revert_weight_conversion(self, dict(own))  # type: ignore[arg-type]
+            names = {file: in_memory.get(id(tensor), file) for file, tensor in in_files.items()}
+            state_dict = {names.get(name, name): tensor for name, tensor in state_dict.items()}
+        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Set it as the base does, but where no attention layer is left, still build no mask for one."""
         super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
@@ -219,7 +230,8 @@ def _register_auto(base: Any) -> None:
         except KeyError:
             continue
         served = served[0] if isinstance(served, tuple) else served
-        auto.register(converted_config(base), converted_model(served), exist_ok=True)
+        if served.config_class is base:
+            auto.register(converted_config(base), converted_model(served), exist_ok=True)
 
 
 class _ConvertedConfig:

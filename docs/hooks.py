@@ -78,15 +78,13 @@ def command_page() -> str:
 
 
 def readme_table(folder: Path = RESULTS) -> str:
-    """Write what the demo's student gains as Markdown, or that it was not measured."""
+    """Write what the demo's student gains, at the longest prompt of each measure, or that it was not measured."""
     path = folder / "demo.json"
     if not path.exists():
         return NOT_MEASURED
     results = Results.read(path)
-    compared = [row for row in results.rows if row.get("teacher") is not None]
-    names = {"measure": "measure", "teacher": "teacher", "student": "student", "ratio": "student / teacher"}
-    rows = [{shown: row.get(name) for name, shown in names.items()} for row in compared]
-    return f"{table(rows)}\n\n`{results.command}` on {results.device}, {results.date[:10]}."
+    longest = {row["measure"]: row for row in results.rows if None not in (row["teacher"], row["student"])}
+    return f"{table(list(longest.values()))}\n\n`{results.command}` on {results.device}, {results.date[:10]}."
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -97,7 +95,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         if any(row.get(key) != "" for row in rows)
     ]
     numeric = {key for key in keys if all(isinstance(row.get(key), int | float | None) for row in rows)}
-    lines = [keys, ["--:" if key in numeric else "---" for key in keys]]
+    lines = [[key.replace("_", " ") for key in keys], ["--:" if key in numeric else "---" for key in keys]]
     lines += [[show(row.get(key)).replace("|", "\\|") for key in keys] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -20,9 +20,13 @@ class Rates(nn.Module):
     def __init__(self, heads: int) -> None:
         super().__init__()
         low, high = map(math.log, MEMORY_TOKENS)
-        spread = torch.linspace(0, 1, heads) if heads > 1 else torch.full((1,), 0.5)
+        spread = (
+            torch.linspace(0, 1, heads, dtype=torch.float32)
+            if heads > 1
+            else torch.full((1,), 0.5, dtype=torch.float32)
+        )
         memory = torch.exp(low + spread * (high - low))
-        self.A_log = nn.Parameter((-(memory * INITIAL_DT).log()).float())
+        self.A_log = nn.Parameter(-(memory * INITIAL_DT).log())
         self.dt_bias = nn.Parameter(
             torch.full((heads,), math.log(math.expm1(INITIAL_DT)), dtype=torch.float32)
         )
@@ -40,7 +44,7 @@ class Rates(nn.Module):
             moved = fn(t)
             if not moved.is_floating_point() or moved.dtype in (torch.float32, torch.float64):
                 return moved
-            return moved if moved.is_meta else t.to(device=moved.device)
+            return torch.empty_like(moved, dtype=t.dtype) if t.is_meta else t.to(device=moved.device)
 
         return super()._apply(keep_wide, recurse)
 

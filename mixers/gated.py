@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from mixers.errors import ConfigError, near
 from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
 from mixers.layout import TokenLayout
 from mixers.registry import get, register
+
+SHARED_FIELDS = frozenset({"dim", "num_heads", "num_kv_heads", "head_dim", "qkv_bias", "out_bias"})
 
 
 @dataclass(kw_only=True)
@@ -29,10 +32,6 @@ class GateConfig(MixerConfig):
     gate: Literal["token", "head"] = "token"
     share_projections: bool = True
     active: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_choice("gate", "token", "head")
 
 
 @dataclass(kw_only=True)
@@ -67,6 +66,10 @@ class Gated(TokenMixer):
         for name, fields in settings.items():
             cls = get(fields.get("mixer", name))
             own = {k: v for k, v in fields.items() if k != "mixer"}
+            if fixed := own.keys() & SHARED_FIELDS:
+                raise ConfigError(
+                    f"branch {name!r} sets {', '.join(sorted(fixed))}, which the gated mixer's own config sets."
+                )
             # Outputs of separate o_proj are summed, so one bias is enough.
             bias = {"out_bias": config.out_bias and not branches}
             branch_config = cls.config_class.from_dict({**common, **bias, **own})
@@ -98,7 +101,7 @@ class Gated(TokenMixer):
                 )
         if chosen == ():
             raise ConfigError(f"at least one branch must be active; branches: {', '.join(self.branches)}.")
-        self.config.active = chosen
+        self.config = dataclasses.replace(self.config, active=chosen)
 
     def mix(self, x: Tensor, layout: TokenLayout, rotary: Rotary | None, state: MixerState | None) -> Tensor:
         """Project, mix and gate; see :meth:`TokenMixer.mix`."""
@@ -106,7 +109,10 @@ class Gated(TokenMixer):
         mixed = self._gated_branches(x, shared, layout, rotary, state)
         if shared is not None:
             return self.o_proj(_total(y for _, y in mixed).flatten(2))
-        return _total(self.branches[name].o_proj(y.flatten(2)) for name, y in mixed)
+        total = _total(self.branches[name].o_proj(y.flatten(2)) for name, y in mixed)
+        first = next(iter(self.branches))
+        bias = self.branches[first].o_proj.bias  # the one bias of all, as __init__ says
+        return total if bias is None or first in dict(mixed) else total + bias
 
     def mix_heads(
         self,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+import functools
+import types
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +37,11 @@ class MixerConfig:
         norm_eps: Epsilon of those norms.
         scale: Factor on query·key. Default: ``head_dim ** -0.5``.
 
+    Lists become tuples, so that a config read from JSON equals the one written.
+
     Raises:
-        ConfigError: A count is not positive or the head counts do not divide.
+        ConfigError: A value is not of its field's type, a count is not positive, or the head counts
+            do not divide.
     """
 
     dim: int
@@ -51,6 +56,12 @@ class MixerConfig:
     scale: float | None = None
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _with_tuples(getattr(self, field.name))
+            setattr(self, field.name, value)
+            if not _fits(value, hints[field.name]):
+                raise ConfigError(f"{field.name} must be {_spelled(hints[field.name])}; found {value!r}.")
         if self.dim < 1:
             raise ConfigError(f"dim must be positive, found {self.dim}.")
         if self.head_dim is None:
@@ -71,7 +82,6 @@ class MixerConfig:
             )
         if self.scale is None:
             self.scale = self.head_dim**-0.5
-        self._check_choice("qk_norm", "none", "head", "full")
 
     def _divided(self, by: int, name: str) -> int:
         if by < 1 or self.dim % by:
@@ -79,10 +89,6 @@ class MixerConfig:
                 f"dim {self.dim} is not a multiple of {name} {by}; pass num_heads and head_dim explicitly."
             )
         return self.dim // by
-
-    def _check_choice(self, field: str, *allowed: Any) -> None:
-        if (value := getattr(self, field)) not in allowed:
-            raise ConfigError(f"{field} must be one of {', '.join(map(repr, allowed))}; found {value!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-serialisable dict; ``from_dict`` is its inverse."""
@@ -93,18 +99,18 @@ class MixerConfig:
         """Build the config from a dict.
 
         Raises:
-            ConfigError: A field is unknown (near names are listed) or has a bad value.
+            ConfigError: A field is unknown (near names are listed), missing, or has a bad value.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
+        known = {f.name: f for f in dataclasses.fields(cls)}
         for name in fields:
             if name not in known:
                 raise ConfigError(
                     f"{cls.__name__} has no field {name!r}.{near(name, known)} Its fields: {', '.join(known)}."
                 )
-        if "dim" not in fields:
-            raise ConfigError(f"{cls.__name__} needs dim, the model width.")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return cls(**values)
+        for name, field in known.items():
+            if field.default is field.default_factory is dataclasses.MISSING and name not in fields:
+                raise ConfigError(f"{cls.__name__} needs {name}, found {', '.join(fields) or 'no field'}.")
+        return cls(**fields)
 
 
 class TokenMixer(nn.Module):
@@ -163,7 +169,7 @@ class TokenMixer(nn.Module):
 
         Raises:
             ShapeError: ``x`` or ``rotary`` has another shape.
-            LayoutError: ``layout`` is of another batch size or length.
+            LayoutError: ``layout`` is of another batch size or length, or on another device.
             StateError: ``state`` is of another batch size or mixer.
         """
         layout = self._check_call(x, layout, rotary, state)
@@ -231,14 +237,72 @@ class TokenMixer(nn.Module):
                 f"the layout is for [B, N] = [{layout.batch_size}, {layout.length}] tokens, x has "
                 f"{list(x.shape[:2])}."
             )
-        for name, table in zip(("cos", "sin"), rotary or ()):
-            if table.ndim != 3 or table.shape[1] != x.shape[1] or table.shape[0] not in (1, x.shape[0]):
-                raise ShapeError(
-                    f"rotary {name} must be [B, N, R] with [B, N] = {list(x.shape[:2])}, found "
-                    f"{list(table.shape)}."
-                )
+        if layout.device != x.device:
+            raise LayoutError(
+                f"the layout is on {layout.device} and x on {x.device}; move it with layout.to(x.device)."
+            )
+        if rotary is not None:
+            self._check_rotary(*rotary, batch_size=x.shape[0], length=x.shape[1])
         if state is not None:
-            rows = {name: t.shape[0] for name, t in state.items()}
-            if any(r != x.shape[0] for r in rows.values()):
-                raise StateError(f"the state is for other batch sizes than x's {x.shape[0]}: {rows}.")
+            self._check_state(state, x.shape[0])
         return layout
+
+    def _check_rotary(self, cos: Tensor, sin: Tensor, *, batch_size: int, length: int) -> None:
+        rows, tokens, width = cos.shape if cos.ndim == 3 else (0, 0, 0)
+        fits = rows in (1, batch_size) and tokens == length and width % 2 == 0 and 0 < width <= self.head_dim
+        if not fits or cos.shape != sin.shape:
+            raise ShapeError(
+                f"rotary cos and sin must be [B, N, R] with [B, N] = {[batch_size, length]} and R even, at most "
+                f"{self.head_dim}; found {list(cos.shape)} and {list(sin.shape)}."
+            )
+
+    @functools.cached_property
+    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(t.shape[1:]) for name, t in self.init_state(0).items()}
+
+    def _check_state(self, state: MixerState, batch_size: int) -> None:
+        """Refuse a state unlike that of ``init_state``, whose dimensions of size 0 may have grown."""
+        found = {name: tuple(t.shape[1:]) for name, t in state.items()}
+        expected = self._state_shapes
+        if found.keys() != expected.keys() or any(
+            len(have) != len(want) or any(w not in (0, h) for h, w in zip(have, want))
+            for have, want in ((found[name], expected[name]) for name in expected)
+        ):
+            raise StateError(
+                f"the state is of another mixer: this one's tensors are [B, …] + {expected}, found {found}. "
+                "Make it with init_state."
+            )
+        rows = {name: t.shape[0] for name, t in state.items()}
+        if any(r != batch_size for r in rows.values()):
+            raise StateError(f"the state is for other batch sizes than x's {batch_size}: {rows}.")
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _with_tuples(v) for k, v in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Is ``value`` of the annotated type? An int is a float, a bool is neither."""
+    kind, of = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if kind in (Union, types.UnionType):
+        return any(_fits(value, h) for h in of)
+    if kind is Literal:
+        return value in of
+    if kind is tuple:
+        of = of[:1] * len(value) if of[1:] == (...,) and isinstance(value, tuple) else of
+        return isinstance(value, tuple) and len(value) == len(of) and all(map(_fits, value, of))
+    if kind is dict:
+        return isinstance(value, dict) and all(_fits(k, of[0]) and _fits(v, of[1]) for k, v in value.items())
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _spelled(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, get_args(hint)))}"
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

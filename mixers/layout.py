@@ -93,9 +93,7 @@ class TokenLayout:
     ) -> None:
         given = [t for t in (valid, sequence, clip, coords) if t is not None]
         self.batch_size, self.length = batch_size, length
-        self.device = (
-            torch.device(device) if device is not None else given[0].device if given else torch.device("cpu")
-        )
+        self.device = _concrete(device if device is not None else given[0].device if given else "cpu")
         valid, sequence, clip, coords = (
             None if t is None else t.to(self.device) for t in (valid, sequence, clip, coords)
         )
@@ -138,9 +136,9 @@ class TokenLayout:
             cu_seqlens: [S + 1] cumulative lengths, from 0 to N.
         """
         bounds = torch.as_tensor(cu_seqlens)
-        lengths = bounds.diff()
-        if bounds.ndim != 1 or len(bounds) < 2 or int(bounds[0]) != 0 or bool((lengths < 0).any()):
+        if bounds.ndim != 1 or len(bounds) < 2 or int(bounds[0]) != 0 or bool((bounds.diff() < 0).any()):
             raise LayoutError(f"cu_seqlens must rise from 0, found {bounds.tolist()}.")
+        lengths = bounds.diff()
         sequence = torch.repeat_interleave(torch.arange(len(lengths), device=bounds.device), lengths)
         return cls(1, len(sequence), sequence=sequence[None], device=bounds.device)
 
@@ -243,10 +241,10 @@ class TokenLayout:
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """Return the layout on another device (itself if it is there)."""
-        if torch.device(device) == self.device:
+        if _concrete(device) == self.device:
             return self
         moved = object.__new__(TokenLayout)
-        moved.batch_size, moved.length, moved.device = self.batch_size, self.length, torch.device(device)
+        moved.batch_size, moved.length, moved.device = self.batch_size, self.length, _concrete(device)
         for name in ("valid", "sequence", "clip", "coords"):
             table = getattr(self, name)
             setattr(moved, name, None if table is None else table.to(device))
@@ -415,19 +413,20 @@ class TokenLayout:
         rank = valid.cumsum(1) - 1
         token_of_rank = (~valid).long().argsort(dim=1, stable=True)
         row, own_rank = tokens // self.length, rank.flatten()[tokens]
-        groups = self.length // window + 1
-        group, member = torch.unique(row * groups + own_rank // window, return_inverse=True)
-        queries = torch.full((len(group), window), -1, device=self.device)
-        queries[member, own_rank % window] = tokens
+        size = min(window, self.length)
+        groups = self.length // size + 1
+        group, member = torch.unique(row * groups + own_rank // size, return_inverse=True)
+        queries = torch.full((len(group), size), -1, device=self.device)
+        queries[member, own_rank % size] = tokens
 
-        group_row, first_rank = group // groups, group % groups * window
-        key_rank = first_rank[:, None] + torch.arange(1 - window, window, device=self.device)
+        group_row, first_rank = group // groups, group % groups * size
+        key_rank = first_rank[:, None] + torch.arange(1 - window, size, device=self.device)
         in_row = (key_rank >= 0) & (key_rank < valid.sum(1)[group_row][:, None])
         token = token_of_rank[group_row[:, None], key_rank.clamp(0, self.length - 1)]
         slot = torch.where(in_row, history + token, torch.where(key_rank < 0, history + key_rank, -1))
         keys = torch.where(slot >= 0, group_row[:, None] * (history + self.length) + slot, -1)
 
-        query_rank = (first_rank[:, None] + torch.arange(window, device=self.device))[:, :, None]
+        query_rank = (first_rank[:, None] + torch.arange(size, device=self.device))[:, :, None]
         allowed = (
             (key_rank[:, None] <= query_rank)
             & (key_rank[:, None] > query_rank - window)
@@ -441,6 +440,11 @@ class TokenLayout:
         # Short rows and rare text fill few of the slots; the empty columns would be computed in vain.
         asked, held = (queries >= 0).any(0), (keys >= 0).any(0)
         return Blocks(queries[:, asked], keys[:, held], allowed[:, asked][:, :, held])
+
+
+def _concrete(device: torch.device | str) -> torch.device:
+    """Return the device as tensors name it: ``cuda`` becomes ``cuda:0``."""
+    return torch.empty(0, device=device).device
 
 
 def _contiguous_sequences(sequence: Tensor, valid: Tensor | None) -> Tensor:

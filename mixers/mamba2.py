@@ -44,9 +44,6 @@ class Mamba2Config(MixerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_choice("decay", "kv_head", "head")
-        self._check_choice("feature_map", "none", "softmax", "l2")
-        self._check_choice("normalizer", "none", "rms", "denominator")
         if self.conv_size < 0 or self.chunk_size < 1:
             raise ConfigError(
                 f"conv_size must not be negative and chunk_size must be positive, found {self.conv_size} "
@@ -184,7 +181,9 @@ class Mamba2(TokenMixer):
             q, k = (torch.cat([t.softmax(-1), (-t).softmax(-1)], dim=-1) for t in (q, k))
             return q, k
         if self.config.feature_map == "l2":
-            return F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            wide = torch.promote_types(q.dtype, torch.float32)  # fp16 has no epsilon small enough
+            q, k = (F.normalize(t.to(wide), dim=-1).to(t.dtype) for t in (q, k))
+            return q, k
         return q * self.scale, k
 
     def _finish(self, y: Tensor, v: Tensor, x: Tensor) -> Tensor:

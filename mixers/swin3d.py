@@ -37,8 +37,8 @@ class Swin3DConfig(MixerConfig):
 
 
 def check_windows(window: tuple[int, ...], text_window: int) -> None:
-    """Raise ConfigError unless ``window`` is three positive ints and ``text_window`` is not negative."""
-    if len(window) != 3 or min(window) < 1:
+    """Raise ConfigError unless the extents are positive and ``text_window`` is not negative."""
+    if min(window) < 1:
         raise ConfigError(f"window must be three positive extents (t, h, w), found {window}.")
     if text_window < 0:
         raise ConfigError(f"text_window must not be negative, found {text_window}.")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 import bridges
 from recipes.data.task import Batch
@@ -28,7 +29,6 @@ from recipes.errors import LossError
 from recipes.losses import hidden_state_loss, valid_tokens
 from recipes.plan import HiddenStates
 from recipes.selection import converted_attention
-
 
 TRACE = "linmu_trace"
 """Keyword argument by which a :class:`Trace` reaches the student's layers."""
@@ -54,11 +54,12 @@ class Trace:
     outputs: dict[int, Tensor] = field(default_factory=dict)
     losses: dict[int, Tensor] | None = field(default_factory=dict)
 
-    def compare(self, index: int, output: Tensor) -> None:
-        """Measure the student's output at a layer."""
+    def compare(self, index: int, output: Tensor) -> Tensor:
+        """Measure the student's output at a layer; return the loss."""
         loss = hidden_state_loss(output, self.outputs[index], self.valid)
         if self.losses is not None:
             self.losses[index] = loss
+        return loss
 
     def finish(self) -> Tensor:
         """Return the loss averaged over layers, when the student has run.
@@ -84,7 +85,7 @@ class TeacherTrace:
         alignment: Settings of the hidden-state loss, None where a stage has none.
     """
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, alignment: HiddenStates | None) -> None:
+    def __init__(self, teacher: PreTrainedModel, student: nn.Module, alignment: HiddenStates | None) -> None:
         self.teacher = teacher
         self.trace: Trace | None = None
         self.handles = [teacher.get_decoder().register_forward_hook(self._keep_hidden)]
@@ -189,8 +190,9 @@ class _Injected(_Chained):
     def compare(
         self, trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        trace.compare(self.index, _first(output))
-        return trace.outputs[self.index], *output[1:]
+        # The loss goes out in the place of attention weights: FSDP looks among a module's outputs for what
+        # will have a gradient, to know when its weights are needed again.
+        return trace.outputs[self.index], trace.compare(self.index, output[0])
 
 
 class _Beside(_Chained):

@@ -32,7 +32,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise CheckpointError(f"could not write {path}: {error}; free some space and start again to resume.") from error
+        raise CheckpointError(
+            f"could not write {path}: {error}; free some space and start again to resume."
+        ) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -285,11 +285,11 @@ def evaluate(
         from recipes.data import load_task
         from recipes.evaluate import evaluate as ask
         from recipes.evaluate import perplexity
+        from recipes.models import load_model
         from recipes.plan import DataSpec
         from recipes.results import Results, table
-        from recipes.teachers import load_teacher
 
-        judged = load_teacher(model)
+        judged = load_model(model)
         questions = load_task(DataSpec(task=task), judged.model.config, judged.tokenizer)
     with progress(f"{task}: asking") as report:
         found = ask(judged.model, questions, limit=limit, batch_size=batch_size, progress=report)

@@ -12,11 +12,12 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 import bridges
 from recipes import plots
 from recipes.bench.decode import decode
+from recipes.bench.inputs import inputs_for
 from recipes.bench.prefill import prefill, side_by_side
 from recipes.checkpoint import load_parameters, read_tensors
 from recipes.data import load_task
@@ -92,12 +93,13 @@ def run(
     accuracy[_label(len(recipe.stages), recipe.stages[-1])] = student_found.accuracy
 
     models = {"teacher": teacher.model, "student": distilled.student}
+    slideshow = inputs_for(teacher.model, teacher.tokenizer)
     with spinner("prefill of slideshows") as now:
         prefills = prefill(
-            models, task.slideshow, lengths, repeats=2, max_seconds=MAX_PREFILL_SECONDS, progress=now
+            models, slideshow, lengths, repeats=2, max_seconds=MAX_PREFILL_SECONDS, progress=now
         )
     with spinner("decoding after slideshows") as now:
-        decodes = decode(models, task.slideshow, lengths[::2], new_tokens=8, progress=now)
+        decodes = decode(models, slideshow, lengths[::2], new_tokens=8, progress=now)
 
     recovery = student_found.accuracy / teacher_found.accuracy if teacher_found.accuracy else 0.0
     rows = _comparison(teacher_found, student_found, prefills, decodes)
@@ -137,6 +139,7 @@ def _introduce(teacher: PreTrainedModel, task: Task) -> None:
 def _convert(recipe: Recipe, teacher: PreTrainedModel) -> PreTrainedModel:
     """Convert a copy of the teacher, as :func:`recipes.distill.distill` will."""
     spec, student = recipe.student, copy.deepcopy(teacher)
+    set_seed(recipe.seed)
     report = bridges.replace_attention(student, spec.mixer, layers=spec.layers, init=spec.init, **spec.config)
     weights: Counter[str] = Counter()
     for layer in report.layers:
@@ -154,7 +157,9 @@ def _convert(recipe: Recipe, teacher: PreTrainedModel) -> PreTrainedModel:
 
 def _plan(recipe: Recipe, explanation: Explanation) -> Table:
     """What the recipe will do, a row a stage."""
-    drawn = Table(box=box.SIMPLE_HEAD, caption=f"All of it: linmu explain {recipe.name}", caption_justify="left")
+    drawn = Table(
+        box=box.SIMPLE_HEAD, caption=f"All of it: linmu explain {recipe.name}", caption_justify="left"
+    )
     for column in ("stage", "branches", "losses", "trained weights", "steps × rows"):
         drawn.add_column(column, justify="right" if column in ("trained weights", "steps × rows") else "left")
     for number, stage in enumerate(explanation.stages, start=1):
@@ -188,7 +193,8 @@ def _comparison(
     decodes: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     """One row a measure and length, teacher beside student."""
-    rows = [{"measure": "accuracy", "tokens": None, "teacher": teacher.accuracy, "student": student.accuracy}]
+    accuracy = {"teacher": teacher.accuracy, "student": student.accuracy}
+    rows: list[dict[str, Any]] = [{"measure": "accuracy", "tokens": None, **accuracy}]
     for label, measured, value in (
         ("prefill, seconds", prefills, "seconds"),
         ("prefill memory above weights, MiB", prefills, "peak_mib"),
@@ -241,7 +247,7 @@ def _conclude(figures: Mapping[str, Any], folder: Path) -> None:
     else:
         out.print(f"[bold red]{said}: it falls short of the {TARGET:.0%} that this demo asks for.[/]")
     for what, name in (("picture", "demo.png"), ("figures", "demo.json"), ("student", "student")):
-        out.print(f"  {what}: {folder / name}", markup=False)
+        out.print(f"  {what}: {folder / name}", markup=False, soft_wrap=True)
     out.print(f"  took {figures['seconds']:.0f} s")
 
 

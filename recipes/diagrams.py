@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mixers import ROTARY_MAJOR_SCAN, Grid, TokenLayout, TokenMixer, build
-from recipes.plots import COLOURS, INK, PlotError
+from recipes.plots import COLOURS, INK, _figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,9 +156,27 @@ def dependencies(mixer: TokenMixer, layout: TokenLayout) -> Tensor:
 
 
 def save(figure: Figure, path: Path | str) -> None:
-    """Write a picture on white ground, so that it reads in a dark page too."""
+    """Write a picture on white ground, so that it reads in a dark page too; a PNG says what it shows.
+
+    Its ``Description`` is :func:`fingerprint`, by which a picture that is out of date is found.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor=PAPER)
+    about = {"Description": fingerprint(figure)}
+    figure.savefig(path, dpi=150, facecolor=PAPER, bbox_inches="tight", pad_inches=0.1, metadata=about)
+
+
+def fingerprint(figure: Figure) -> str:
+    """Return a checksum of a picture's cells, lines and words, whichever matplotlib draws them."""
+    from matplotlib.collections import QuadMesh
+    from matplotlib.lines import Line2D
+    from matplotlib.text import Text
+
+    meshes: list[Any] = figure.findobj(QuadMesh)
+    lines: list[Any] = figure.findobj(Line2D)
+    texts: list[Any] = figure.findobj(Text)
+    shown = [mesh.get_array().tolist() for mesh in meshes] + [line.get_xydata().tolist() for line in lines]
+    shown += [text.get_text() for text in texts]
+    return hashlib.sha256(json.dumps([part for part in shown if part]).encode()).hexdigest()
 
 
 def _draw_steps(axes: Axes, steps: Tensor, total: int) -> None:
@@ -220,18 +240,6 @@ def _draw_cells(axes: Axes, table: Tensor, colours: str | list[str], highest: in
 
 def _cells(table: Tensor) -> list[tuple[tuple[int, int], int]]:
     return [((h, w), value) for h, row in enumerate(table.tolist()) for w, value in enumerate(row)]
-
-
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlotError('pictures need matplotlib: pip install "linmu[eval]"') from error
-    figure = Figure(figsize=(width, height), dpi=150)
-    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
-    FigureCanvasAgg(figure)
-    return figure
 
 
 if __name__ == "__main__":

@@ -128,16 +128,8 @@ def _run_stage(
     task: Task,
     callbacks: Sequence[TrainerCallback],
 ) -> None:
-    checkpoint = folder.checkpoint()
-    before = run.latest_result()
-    student = _convert(run, teacher)
-    activate(student, stage.active)
-    selection = select(stage, student)
-    changed = _changed(student, selection) | set(() if before is None else read_tensors(before))
-
     seed = run.recipe.seed + number
-    set_seed(seed)
-    model = _adapt(student, stage.lora, selection)
+    model, changed = _start(run, stage, teacher, seed)
     if stage.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -159,13 +151,30 @@ def _run_stage(
         collate=Collator(task, teacher.tokenizer.pad_token_id, stage.max_length),
         callbacks=callbacks,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    student = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    trainer.train(resume_from_checkpoint=folder.checkpoint())
+    shards = trainer.gathered()
     if trainer.is_world_process_zero():
+        if shards is not None:
+            model, _ = _start(run, stage, teacher, seed)
+            load_parameters(model, shards, folder.path)
+        done = model.merge_and_unload() if isinstance(model, PeftModel) else model
         write_json(folder.history, trainer.history)
-        write_tensors(folder.result, {n: p for n, p in student.named_parameters() if n in changed})
+        write_tensors(folder.result, {n: p for n, p in done.named_parameters() if n in changed})
         folder.tidy()
     trainer.accelerator.wait_for_everyone()
+
+
+def _start(
+    run: Run, stage: Stage, teacher: Teacher, seed: int
+) -> tuple[PreTrainedModel | PeftModel, set[str]]:
+    """Return the student as a stage starts with it, and the names of what differs from the teacher after it."""
+    student = _convert(run, teacher)
+    activate(student, stage.active)
+    selection = select(stage, student)
+    before = run.latest_result()
+    changed = _changed(student, selection) | set(() if before is None else read_tensors(before))
+    set_seed(seed)
+    return _adapt(student, stage.lora, selection), changed
 
 
 def _changed(student: nn.Module, selection: Selection) -> set[str]:
@@ -176,14 +185,17 @@ def _changed(student: nn.Module, selection: Selection) -> set[str]:
     return {name for name, p in student.named_parameters() if id(p) in adapted | trained | mixers}
 
 
-def _adapt(student: PreTrainedModel, lora: LoRA | None, selection: Selection) -> nn.Module:
+def _adapt(student: PreTrainedModel, lora: LoRA | None, selection: Selection) -> PreTrainedModel | PeftModel:
     """Freeze all but what is selected, which becomes fp32, and add the adapters."""
     trained = list(selection.trained.values())
     student.requires_grad_(False)
-    model: nn.Module = student
+    model: PreTrainedModel | PeftModel = student
     if lora is not None:
         config = LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(selection.linears)
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=list(selection.linears),
         )
         model = get_peft_model(student, config)
     for parameter in trained:

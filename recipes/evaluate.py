@@ -107,7 +107,7 @@ def evaluate(
     with _judged(model):
         for chunk in _batches(items, batch_size):
             inputs = _to(task.prompts(chunk), model.device)
-            outputs = model.generate(
+            outputs = model.generate(  # type: ignore[operator]
                 **inputs, max_new_tokens=task.max_new_tokens, do_sample=False, num_beams=1
             )
             answers = outputs[:, inputs["input_ids"].shape[1] :].cpu()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 import bridges
@@ -82,7 +83,8 @@ class Explanation:
         console = Console(width=110, force_terminal=False, color_system=None)
         with console.capture() as captured:
             console.print(
-                f"{self.recipe}: {self.model} of {self.parameters:,} parameters, {self.student}", highlight=False
+                f"{self.recipe}: {self.model} of {self.parameters:,} parameters, {self.student}",
+                highlight=False,
             )
             for number, stage in enumerate(self.stages, start=1):
                 console.print(_table(number, stage))
@@ -171,7 +173,8 @@ def _table(number: int, stage: StageExplanation) -> Table:
     table.add_column("parameters", justify="right")
     for what, groups in (("trained", stage.trained), ("LoRA on", stage.adapted)):
         for group in groups:
-            table.add_row(what, group.pattern, f"{group.tensors:,}", f"{group.parameters:,}")
+            # Text, since [ ] of a pattern would be read as markup.
+            table.add_row(what, Text(group.pattern), f"{group.tensors:,}", f"{group.parameters:,}")
     table.add_section()
     table.add_row("trained", "(each once)", f"{stage.trained_tensors:,}", f"{stage.trained_parameters:,}")
     table.add_row("frozen", "", "", f"{stage.frozen_parameters:,}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 import bridges
+from bridges.pretrained import MODEL_TYPE
 from recipes.teachers import Teacher, load_teacher
 
 
@@ -22,7 +23,7 @@ def load_model(name: str) -> Teacher:
         TeacherError: There is no such model, or it cannot be loaded.
     """
     config = Path(name) / "config.json"
-    if not config.is_file() or json.loads(config.read_text()).get("model_type") != bridges.pretrained.MODEL_TYPE:
+    if not config.is_file() or json.loads(config.read_text()).get("model_type") != MODEL_TYPE:
         return load_teacher(name)
     model = bridges.load_pretrained(name)
     return Teacher(model.eval(), AutoTokenizer.from_pretrained(name), Path(name).name)

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from recipes.alignment import TRACE, Alignment, TeacherTrace, Trace
 from recipes.data.task import Batch
-from recipes.losses import check_head, cross_entropy, output_head, predicted_tokens, token_kd
-from recipes.plan import Losses
+from recipes.losses import (
+    Head,
+    check_head,
+    cross_entropy,
+    output_head,
+    predicted_tokens,
+    token_kd,
+    valid_tokens,
+)
+from recipes.plan import Losses, TokenKD
 from recipes.shared_vision import SharedVision
 
 FROM_TEACHER = "from_teacher"
@@ -41,6 +51,21 @@ def token_masks(losses: Losses, batch: Batch) -> dict[str, Tensor]:
     return masks
 
 
+@dataclass
+class _Pass:
+    """One forward of the student, and what its losses need."""
+
+    batch: Batch
+    counts: Counts
+    scale: float
+    trace: Trace
+    hidden: Tensor
+
+
+TokenLoss = Callable[[_Pass, Tensor, Tensor | int], Tensor]
+"""(pass, positions bool [B, N], tokens to average over) → loss."""
+
+
 class Objective:
     """The losses of a stage, as hooks on the student that add ``loss`` to what its forward returns.
 
@@ -58,24 +83,28 @@ class Objective:
     def __init__(
         self,
         losses: Losses,
-        student: nn.Module,
-        teacher: nn.Module,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.losses, self.student, self.autocast = losses, student, autocast
         self.values: dict[str, Tensor] = {}
+        hidden, kd = losses.hidden_states, losses.token_kd
         own_stream = bool(set(losses.weights) - {"hidden_states"})
-        hidden = losses.hidden_states
         self.alignment = None if hidden is None else Alignment(student, hidden, own_stream)
-        needs_teacher = hidden is not None or losses.token_kd is not None
-        self.teacher = TeacherTrace(teacher, student, hidden) if needs_teacher else None
+        self.teacher = None if hidden is None and kd is None else TeacherTrace(teacher, student, hidden)
         self.vision = SharedVision(teacher, student)
-        self.student_head = output_head(student) if own_stream else None
-        self.teacher_head = output_head(teacher) if losses.token_kd is not None else None
-        self._heads_checked = False
-        self._batch: Batch | None = None
-        self._trace: Trace | None = None
-        self._hidden = torch.empty(0)
+        self.token_losses: dict[str, TokenLoss] = {}
+        self._unchecked: list[tuple[PreTrainedModel, Head, bool]] = []
+        if own_stream:
+            head = output_head(student)
+            self._unchecked.append((student, head, False))
+            self.token_losses |= {"task": _cross_entropy(head), "sequence_kd": _cross_entropy(head)}
+            if kd is not None:
+                teacher_head = output_head(teacher)
+                self._unchecked.append((teacher, teacher_head, True))
+                self.token_losses["token_kd"] = _token_kd(kd, head, teacher_head)
+        self._pass: _Pass | None = None
         self._handles = [
             student.get_decoder().register_forward_hook(self._keep_hidden),
             student.register_forward_hook(self._add_loss),
@@ -96,17 +125,18 @@ class Objective:
         """
         inputs = {k: v for k, v in batch.items() if k not in ("labels", FROM_TEACHER)}
         kwargs: dict[str, Any] = {**inputs, "use_cache": False, "logits_to_keep": 1}
+        trace = Trace(valid_tokens(batch))
         if self.teacher is not None:
             with self.autocast(), self.vision.recorded():
-                self._trace = self.teacher(inputs)
+                trace = self.teacher(inputs)
         if self.alignment is not None:
-            kwargs[TRACE] = self._trace
-        self._batch, self._counts, self._scale = batch, counts, scale
+            kwargs[TRACE] = trace
+        self._pass = _Pass(batch, counts, scale, trace, torch.empty(0))
         try:
             with self.vision.replayed():
                 yield kwargs
         finally:
-            self._batch, self._trace, self._hidden = None, None, torch.empty(0)
+            self._pass = None
 
     def close(self) -> None:
         """Remove all hooks from student and teacher."""
@@ -117,47 +147,53 @@ class Objective:
             handle.remove()
 
     def _keep_hidden(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        if self._batch is not None:
-            self._hidden = output[0]
+        if self._pass is not None:
+            self._pass.hidden = output[0]
 
     def _add_loss(self, student: nn.Module, args: Any, output: Any) -> Any:
-        if self._batch is None:
+        now = self._pass
+        if now is None:
             return None
         with self.autocast():
-            if not self._heads_checked:
-                self._check_heads(output.logits)
-            values = self._measure(self._batch)
+            self._check_heads(now, output.logits)
+            values = self._measure(now)
         self.values = {name: value.detach() for name, value in values.items()}
         output["loss"] = sum(weight * values[name] for name, weight in self.losses.weights.items())
         return output
 
-    def _measure(self, batch: Batch) -> dict[str, Tensor]:
+    def _measure(self, now: _Pass) -> dict[str, Tensor]:
         values = {}
         if self.alignment is not None:
-            values["hidden_states"] = self._trace.finish() / self._counts[MICRO_BATCHES]
-        for name, mask in token_masks(self.losses, batch).items():
-            count, hidden = self._counts[name], self._hidden[mask]
-            if name == "token_kd":
-                kd = self.losses.token_kd
-                target = self._trace.hidden[mask]
-                value = token_kd(
-                    self.student_head,
-                    self.teacher_head,
-                    hidden,
-                    target,
-                    temperature=kd.temperature,
-                    chunk=kd.chunk,
-                    count=count,
-                )
-            else:
-                labels = batch["labels"].roll(-1, dims=1)[mask]
-                value = cross_entropy(self.student_head, hidden, labels, count=count)
-            values[name] = self._scale * value
+            values["hidden_states"] = now.trace.finish() / now.counts[MICRO_BATCHES]
+        for name, mask in token_masks(self.losses, now.batch).items():
+            values[name] = now.scale * self.token_losses[name](now, mask, now.counts[name])
         return values
 
-    def _check_heads(self, logits: Tensor) -> None:
-        if self.student_head is not None:
-            check_head(self.student, self.student_head, self._hidden[:, -1], logits[:, -1])
-        if self.teacher_head is not None:
-            check_head(self.teacher.teacher, self.teacher_head, self._trace.hidden[:, -1], self._trace.logits)
-        self._heads_checked = True
+    def _check_heads(self, now: _Pass, logits: Tensor) -> None:
+        for model, head, is_teacher in self._unchecked:
+            hidden, made = (now.trace.hidden, now.trace.logits) if is_teacher else (now.hidden, logits[:, -1])
+            check_head(model, head, hidden[:, -1], made)
+        self._unchecked = []
+
+
+def _token_kd(settings: TokenKD, head: Head, teacher_head: Head) -> TokenLoss:
+    def measure(now: _Pass, mask: Tensor, count: Tensor | int) -> Tensor:
+        return token_kd(
+            head,
+            teacher_head,
+            now.hidden[mask],
+            now.trace.hidden[mask],
+            temperature=settings.temperature,
+            chunk=settings.chunk,
+            count=count,
+        )
+
+    return measure
+
+
+def _cross_entropy(head: Head) -> TokenLoss:
+    def measure(now: _Pass, mask: Tensor, count: Tensor | int) -> Tensor:
+        labels = now.batch["labels"].roll(-1, dims=1)[mask]
+        return cross_entropy(head, now.hidden[mask], labels, count=count)
+
+    return measure

@@ -129,7 +129,9 @@ class HiddenStates(Weighted):
     @model_validator(mode="after")
     def _check_form(self) -> HiddenStates:
         if self.form == "injected" and self.at == "layer":
-            raise ValueError("injected alignment compares attention outputs; write form: chained for at: layer")
+            raise ValueError(
+                "injected alignment compares attention outputs; write form: chained for at: layer"
+            )
         return self
 
 
@@ -202,7 +204,7 @@ class LoRA(Part):
     term: ClassVar[str] = "lora"
     targets: Annotated[list[Pattern], Field(min_length=1)]
     rank: Count = 16
-    alpha: Positive = 32.0
+    alpha: Count = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -369,4 +371,3 @@ class Recipe(Part):
         from recipes.explain import explain
 
         return explain(self, model)
-

@@ -44,7 +44,8 @@ def demo(
         history: Rows of a distillation: ``stage``, ``step``, ``loss``.
     """
     figure = _figure(16, 8.2)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    grid = figure.add_gridspec(2, 1, height_ratios=(1.15, 1))
+    top, bottom = (figure.add_subfigure(grid[row]) for row in range(2))
     panels = top.subplots(1, 4)
     draw_accuracy(panels[0], accuracy)
     draw_scaling(panels[1], prefill, "seconds", "prefill time (s)")
@@ -187,6 +188,6 @@ def _figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, path: Path | str) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    for axes in figure.findobj(match=lambda artist: hasattr(artist, "spines")):
+    for axes in figure.get_axes():
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

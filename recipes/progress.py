@@ -53,14 +53,14 @@ class ProgressBars(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Start the stage's clock, at the step it resumes from."""
-        self.bars.start_task(self.tasks[args.run_name])
-        self.bars.update(self.tasks[args.run_name], completed=state.global_step)
+        self.bars.start_task(self.tasks[str(args.run_name)])
+        self.bars.update(self.tasks[str(args.run_name)], completed=state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Move the stage's bar."""
-        self.bars.update(self.tasks[args.run_name], completed=state.global_step)
+        self.bars.update(self.tasks[str(args.run_name)], completed=state.global_step)
 
     def on_log(
         self,
@@ -72,4 +72,4 @@ class ProgressBars(TrainerCallback):
     ) -> None:
         """Show the loss."""
         if logs and "loss" in logs:
-            self.bars.update(self.tasks[args.run_name], loss=f"loss {logs['loss']:.3g}")
+            self.bars.update(self.tasks[str(args.run_name)], loss=f"loss {logs['loss']:.3g}")

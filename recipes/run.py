@@ -1,8 +1,8 @@
 """The folder of a run: what it was started with, and what each stage left there.
 
-    run.json                    the recipe and the teacher's fingerprint
-    stages/1-flex-ma/           checkpoints while the stage runs, then result.safetensors and history.json
-    history.json, student/      when all stages are done
+run.json                    the recipe and the teacher's fingerprint
+stages/1-flex-ma/           checkpoints while the stage runs, then result.safetensors and history.json
+history.json, student/      when all stages are done
 """
 
 from __future__ import annotations
@@ -131,7 +131,9 @@ class Run:
 
     def history(self) -> list[dict[str, Any]]:
         """Return the log entries of the stages that are done."""
-        return [entry for folder in self.stages if folder.history.exists() for entry in read_json(folder.history)]
+        return [
+            entry for folder in self.stages if folder.history.exists() for entry in read_json(folder.history)
+        ]
 
     def _identity(self, teacher: nn.Module) -> dict[str, Any]:
         return {"recipe": self.recipe.to_dict(), "teacher": fingerprint(teacher)}

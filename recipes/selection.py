@@ -154,7 +154,9 @@ def _check_branches(stage: Stage, student: nn.Module) -> None:
 def _check_losses(stage: Stage, student: nn.Module, selection: Selection) -> None:
     losses = stage.losses
     if losses.hidden_states is not None and not converted_attention(student):
-        raise LossError(f"stage {stage.name!r} aligns hidden states, but no layer of the student is converted.")
+        raise LossError(
+            f"stage {stage.name!r} aligns hidden states, but no layer of the student is converted."
+        )
     if set(losses.weights) - {"hidden_states"}:
         if student.get_output_embeddings() is None:
             raise LossError(
@@ -171,4 +173,3 @@ def _check_losses(stage: Stage, student: nn.Module, selection: Selection) -> Non
                 f"stage {stage.name!r}: injected alignment reaches the mixers alone, so {outside[0]} (and "
                 f"{len(outside) - 1} more) would never change; freeze them or add another loss."
             )
-

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+import bridges  # noqa: F401 - so that folders of converted models load
 from mixers.errors import near
 from recipes.errors import TeacherError, TeacherNotInstalledError
 from recipes.plan import TeacherSpec
@@ -75,7 +76,9 @@ def load_teacher(spec: TeacherSpec | str) -> Teacher:
     return Teacher(model.eval(), tokenizer, Path(spec.model).name)
 
 
-def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_gguf(
+    path: Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a language model from a GGUF file, its weights dequantised.
 
     Raises:
@@ -85,7 +88,9 @@ def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
     if not path.is_file():
         raise TeacherError(f"there is no file {path}.")
     if importlib.util.find_spec("gguf") is None:
-        raise TeacherNotInstalledError('reading a GGUF file needs the package gguf: pip install "linmu[eval]".')
+        raise TeacherNotInstalledError(
+            'reading a GGUF file needs the package gguf: pip install "linmu[eval]".'
+        )
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)

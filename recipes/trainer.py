@@ -7,12 +7,13 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -107,7 +108,7 @@ class DistillTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel | PeftModel,
         *,
         stage: Stage,
         teacher: PreTrainedModel,
@@ -117,15 +118,19 @@ class DistillTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         super().__init__(
-            model, args=arguments, train_dataset=data, data_collator=collate, callbacks=[_LastStep(), *callbacks]
+            model,
+            args=arguments,
+            train_dataset=data,
+            data_collator=collate,
+            callbacks=[_LastStep(), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
-        self.stage = stage
-        student = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.objective = Objective(stage.losses, student, teacher, self.accelerator.autocast)
+        self.stage, self.student = stage, model
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.objective = Objective(stage.losses, base, teacher, self.accelerator.autocast)
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
-        self._summed_from: int | None = None
+        self._steps: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._started = time.monotonic()
         self._staging: Path | None = None
 
@@ -138,7 +143,7 @@ class DistillTrainer(Trainer):
             {"stage": self.stage.name, "step": e["step"], **{key: e[key] for key in keys}} for e in entries
         ]
 
-    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Train; see ``transformers.Trainer.train``. The hooks are gone afterwards, whatever happened.
 
         Raises:
@@ -151,12 +156,25 @@ class DistillTrainer(Trainer):
         finally:
             self.objective.close()
 
+    def gathered(self) -> dict[str, Tensor] | None:
+        """Return what this stage trained, whole, if processes hold shards of it (FSDP, DeepSpeed), else None.
+
+        All processes must call it; the tensors of the main one are on the CPU.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return None
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        return {name: state[name] for name in self._trained() if name in state}
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Collect the batches of an optimiser step, and count the tokens of each loss in all of them."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, self._count(batches, device)
+        counts = self._count(batches, device)
+        for name in self.stage.losses.weights:
+            self._steps[name] += (torch.as_tensor(counts.get(name, 1)) > 0).to(device)
+        return batches, counts
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
         inputs: Batch,
@@ -174,8 +192,6 @@ class DistillTrainer(Trainer):
                 f"stage {self.stage.name!r}, step {self.state.global_step + 1}: the loss is not finite ({values}). "
                 "The step was not taken; lower the learning rate, or resume from the last checkpoint."
             )
-        if self._summed_from is None:
-            self._summed_from = self.state.global_step
         for name, value in self.objective.values.items():
             self._sums[name] += value
         return (loss, outputs) if return_outputs else loss
@@ -187,10 +203,11 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with each loss by name, tokens and seconds."""
         if "loss" in logs:
-            steps = self.state.global_step - (self._summed_from or 0)
-            named = {name: self._mean(self._sums[name]) / steps for name in self.stage.losses.weights}
+            # Over the steps that had tokens for a loss: not each has rows of both kinds.
+            steps = {name: max(int(self._steps[name]), 1) for name in self.stage.losses.weights}
+            named = {name: self._mean(self._sums[name]) / count for name, count in steps.items()}
             self._sums.clear()
-            self._summed_from = self.state.global_step
+            self._steps.clear()
             # In the order of history; grad_norm last.
             logs = {"loss": logs["loss"], **named, **logs}
             logs |= {"tokens": self.state.num_input_tokens_seen, "seconds": round(self._seconds(), 3)}
@@ -220,7 +237,7 @@ class DistillTrainer(Trainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir)
+        folder = Path(self.args.output_dir or ".")
         name = f"checkpoint-{self.state.global_step}"
         staging = folder / STAGING
         if self.args.should_save:
@@ -249,21 +266,25 @@ class DistillTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        trained: Mapping[str, Tensor] = self._trained()
         if state_dict is not None:
             trained = {name: state_dict[name] for name in trained}
-        write_tensors(Path(output_dir) / WEIGHTS, trained)
+        write_tensors(folder / WEIGHTS, trained)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / WEIGHTS
         tensors = read_tensors(path)
-        missing = {n for n, p in self.model.named_parameters() if p.requires_grad} - set(tensors)
+        missing = self._trained().keys() - tensors.keys()
         if missing:
             raise CheckpointError(f"{path} does not hold {min(missing)}, which this stage trains.")
-        load_parameters(self.model, tensors, path)
+        load_parameters(self.student, tensors, path)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.student.named_parameters() if p.requires_grad}
 
 
 class _LastStep(TrainerCallback):

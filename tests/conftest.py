@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.utils._device import _device_constructors
 
 settings.register_profile(
     "linmu",
-    max_examples=int(__import__("os").environ.get("EX","25")),
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,
@@ -44,6 +45,7 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 @pytest.fixture(scope="module")
 def poisoned_memory() -> Iterator[None]:
     """Fill what ``torch.empty`` and its kin return with NaN, so that an output never written shows."""
+    _device_constructors()  # `with torch.device(...)` looks these functions up once; let it find the true ones
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(owner, name, _poisoned(getattr(owner, name)))

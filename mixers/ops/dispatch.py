@@ -92,10 +92,13 @@ class Op:
         """Say which backend would run and why the others would not."""
         reasons = {b.name: b.unavailable() for b in self.backends.values()}
         told = _chosen.get() or os.environ.get(ENVIRONMENT_VARIABLE)
-        runs = told or next((name for name, reason in reasons.items() if reason is None), None)
-        for name in reasons:
-            if reasons[name] is None and name != runs:
-                reasons[name] = f"{runs} was asked for" if told else f"{runs} comes first"
+        if told and told not in reasons:
+            reasons[told] = "there is no such backend"
+        able = [name for name, reason in reasons.items() if reason is None]
+        runs = next((name for name in able if not told or name == told), None)
+        for name in able:
+            if name != runs:
+                reasons[name] = f"{told} was asked for" if told else f"{runs} comes first"
         return OpReport(self.name, runs, {n: r for n, r in reasons.items() if r is not None})
 
 

@@ -45,7 +45,7 @@ def decode(
         if progress is not None:
             progress(name, tokens)
         clock = _Clock()
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]
             **batch,
             min_new_tokens=new_tokens,
             max_new_tokens=new_tokens,

@@ -42,6 +42,8 @@ class Rows(torch.utils.data.Dataset):
         return 2 * max(len(self.items), len(self.answers)) if self.own else len(self.answers)
 
     def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         if not self.answers:
             return self.items[index], None
         if self.own:
@@ -152,9 +154,7 @@ def teacher_answers(
     chosen = torch.randperm(len(task.train), generator=generator)[:samples]
     if not path.exists():
         width = task.max_new_tokens
-        parts = [
-            _generate(teacher, task, part.tolist(), width) for part in chosen.split(batch_size)
-        ]
+        parts = [_generate(teacher, task, part.tolist(), width) for part in chosen.split(batch_size)]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {"items": chosen, "answers": torch.cat(parts)})
     stored = read_tensors(path)

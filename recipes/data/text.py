@@ -72,7 +72,9 @@ class Text:
 
     def _windows(self, documents: Iterable[list[int]]) -> list[Item]:
         end = [self.tokenizer.eos_token_id]
-        stream = torch.tensor(list(chain.from_iterable(document + end for document in documents)), dtype=torch.long)
+        stream = torch.tensor(
+            list(chain.from_iterable(document + end for document in documents)), dtype=torch.long
+        )
         whole = stream[: len(stream) // self.length * self.length].view(-1, self.length)
         return [{"input_ids": window} for window in whole]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -288,25 +290,25 @@ def packings() -> dict[str, models.Inputs]:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("spec", [MMATE, "attention", "mamba2"], ids=["mmate", "attention", "mamba2"])
-@pytest.mark.parametrize("told_by", ["position_ids", "seq_idx", "cu_seq_lens"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_packed_rows_are_separate(family: str, spec: Any, told_by: str, masked: bool) -> None:
+@pytest.mark.parametrize(
+    ("told_by", "padding"),
+    [("position_ids", 0), ("seq_idx", 0), ("seq_idx", 3), ("cu_seq_lens", 0), ("cu_seq_lens", 3)],
+)
+def test_packed_rows_are_separate(family: str, spec: Any, told_by: str, padding: int) -> None:
+    """Padding is at the end of the last sequence; beside its mask, position_ids say nothing of packing."""
     model = models.converted(family, spec)
     ids = models.text_batch(rows=1, length=sum(LENGTHS), pads=(0,))["input_ids"]
     told = packings()
     inputs = {"input_ids": ids, **told["position_ids"], **told[told_by]}
-    tail = 0
-    if masked:
-        if told_by == "position_ids":
-            pytest.skip("beside a mask, transformers does not read packing from position_ids")
-        tail = 3
+    if padding:
         inputs["attention_mask"] = torch.ones_like(ids)
-        inputs["attention_mask"][:, -tail:] = 0
+        inputs["attention_mask"][:, -padding:] = 0
     packed = models.logits(model, inputs, use_cache=False)
-    alone = [models.logits(model, {"input_ids": part}) for part in ids.split(LENGTHS, dim=1)]
-    wanted = torch.cat(alone, dim=1)
-    count = sum(LENGTHS) - tail
-    assert_close("logits", wanted[:, :count], packed[:, :count], 1e-5)
+    alone = torch.cat(
+        [models.logits(model, {"input_ids": part}) for part in ids.split(LENGTHS, dim=1)], dim=1
+    )
+    count = sum(LENGTHS) - padding
+    assert_close("logits", alone[:, :count], packed[:, :count], 1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -328,6 +330,25 @@ def test_gradient_checkpointing_changes_no_bit(family: str, spec: Any, reentrant
     for name, gradient in gradients[0].items():
         assert (gradient is None) == (gradients[1][name] is None), name
         assert gradient is None or torch.equal(gradient, gradients[1][name]), name
+
+
+def test_threads_do_not_see_each_others_inputs(vlm: Any) -> None:
+    """As under ``nn.DataParallel``: both threads have read their inputs before either reaches the decoder."""
+    batches = [models.vision_batch(*rows) for rows in (ROWS, [TWO_EACH, models.IMAGE_ROW])]
+    wanted = [models.logits(vlm, inputs) for inputs in batches]
+    both = threading.Barrier(2, timeout=30)
+
+    def meet(*_: Any) -> None:
+        both.wait()
+
+    handle = vlm.get_decoder().register_forward_pre_hook(meet, prepend=True)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda inputs: models.logits(vlm, inputs), batches))
+    finally:
+        handle.remove()
+    for inputs, ours, theirs in zip(batches, found, wanted):
+        assert torch.equal(models.at_tokens(ours, inputs), models.at_tokens(theirs, inputs))
 
 
 def test_an_image_token_in_text_needs_its_image(vlm: Any) -> None:

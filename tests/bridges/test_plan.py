@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import bridges
 import mixers
@@ -87,7 +87,7 @@ def test_plan_touches_nothing_and_says_what_replace_does(family: str, spec: Any)
             "gated",
             {"branches": {"attention": {}, "far": {"mixer": "flex_ma", "num_kv_heads": 1}}},
             mixers.ConfigError,
-            "read from the model",
+            "num_kv_heads",
         ),
         ("gated", {"branches": {"attention": {}}}, mixers.ConfigError, "two branches"),
     ],
@@ -151,6 +151,25 @@ def test_a_model_wrapped_by_peft_is_refused_until_it_is_merged() -> None:
 def test_what_is_no_transformers_model_is_refused() -> None:
     with pytest.raises(bridges.BridgeError, match="Linear"):
         bridges.replace_attention(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_a_quantised_model_is_refused() -> None:
+    teacher = models.teacher("llama")
+    weight = teacher.model.layers[1].self_attn.v_proj.weight
+    teacher.model.layers[1].self_attn.v_proj.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    before = Snapshot(teacher)
+    with pytest.raises(bridges.UnsupportedAttentionError, match=r"v_proj.weight of layer 1 is torch.int8"):
+        bridges.replace_attention(teacher)
+    before.assert_same(teacher)
+
+
+def test_a_model_without_data_may_be_planned_and_converted() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**models.text_fields(attention_bias=True)))
+    planned = bridges.plan(models.teacher("llama"))
+    assert bridges.plan(model) == planned
+    assert bridges.replace_attention(model) == planned
+    assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
 def sliding_teacher(**changes: Any) -> Any:

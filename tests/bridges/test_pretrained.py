@@ -17,6 +17,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaModel,
@@ -103,10 +104,13 @@ def test_other_heads_round_trip(cls: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = models.converted(models.shake(cls(LlamaConfig(**models.text_fields()))).eval())
     model.save_pretrained(tmp_path / "m")
-    loaded = bridges.load_pretrained(tmp_path / "m")
-    with torch.no_grad():
-        wanted, found = (one(**models.text_batch())[0] for one in (model, loaded))
-    assert_close(cls.__name__, wanted, found, 1e-6)
+    auto = AutoModel if cls is LlamaModel else AutoModelForSequenceClassification
+    for load in (bridges.load_pretrained, auto.from_pretrained):
+        loaded = load(tmp_path / "m")
+        assert type(loaded) is type(model)
+        with torch.no_grad():
+            wanted, found = (one(**models.text_batch())[0] for one in (model, loaded))
+        assert_close(cls.__name__, wanted, found, 1e-6)
 
 
 def test_many_shards(llama: Any, saved: Path) -> None:
@@ -155,6 +159,20 @@ def test_the_vision_tower_may_have_another_implementation(tmp_path: Path) -> Non
     loaded = bridges.load_pretrained(tmp_path / "m", attn_implementation="eager")
     assert loaded.config.vision_config._attn_implementation == "eager"
     assert loaded.config.text_config._attn_implementation == "linmu"
+
+
+def test_weights_load_by_their_names_in_files_too(tmp_path: Path) -> None:
+    """As ``Trainer`` does it when it resumes; Qwen2.5-VL's are named otherwise in memory."""
+    model, other = models.converted("qwen2_5_vl"), models.converted("qwen2_5_vl", seed=9)
+    models.shake(other, seed=9)
+    model.save_pretrained(tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    assert not weights.keys() <= model.state_dict().keys()
+    other.load_state_dict(weights)
+    assert_same_model(other, model, models.batch("qwen2_5_vl"))
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match="extra"):
+        other.load_state_dict({**weights, "model.extra": torch.zeros(1)})
 
 
 def test_branches_that_are_active_stay_so(tmp_path: Path) -> None:

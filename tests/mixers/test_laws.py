@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -18,7 +19,16 @@ from tests.mixers.strategies import Rows, rows
 from tests.mixers.zoo import TINY, VARIANTS, random_rotary, take_rotary, tiny
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
-BIDIRECTIONAL = ["bimamba2", "bimamba2-l2", "flex_ma", "swin3d", "swin3d-paper", "gated", "mmate", "mmate-paper"]
+BIDIRECTIONAL = [
+    "bimamba2",
+    "bimamba2-l2",
+    "flex_ma",
+    "swin3d",
+    "swin3d-paper",
+    "gated",
+    "mmate",
+    "mmate-paper",
+]
 LAYERS = st.integers(0, 5)
 
 pytestmark = pytest.mark.usefixtures("_small_blocks")
@@ -132,7 +142,7 @@ def test_cached_equals_uncached(variant: str, rows: Rows, layer: int, data: st.D
     size = {name: t.shape for name, t in state.items()}
     parts = []
     with torch.no_grad():
-        for start, stop in zip(bounds, bounds[1:]):
+        for start, stop in itertools.pairwise(bounds):
             span = slice(start, stop)
             part = layout.select(tokens=span)
             parts.append(mixer(x[:, span], part, tuple(t[:, span] for t in rotary), state))
@@ -152,7 +162,9 @@ def test_each_sequence_alone_equals_its_place_in_the_batch(variant: str, rows: R
     with torch.no_grad():
         together = mixer(x, rows.layout, rotary)
         for row, tokens in rows.tokens_of_sequences():
-            alone = mixer(x[row, tokens][None], rows.take(row, tokens).layout, take_rotary(rotary, row, tokens))
+            alone = mixer(
+                x[row, tokens][None], rows.take(row, tokens).layout, take_rotary(rotary, row, tokens)
+            )
             assert_close(f"row {row}", alone[0], together[row, tokens], 1e-11)
 
 

@@ -32,7 +32,13 @@ def full_disk(monkeypatch):
 
 def test_tensors_come_back_bit_for_bit_even_if_they_share_memory(tmp_path):
     tied = torch.randn(3, 4)
-    tensors = {"a": tied, "b": tied, "t": tied.T, "half": torch.randn(2).bfloat16(), "none": torch.empty(0, 2)}
+    tensors = {
+        "a": tied,
+        "b": tied,
+        "t": tied.T,
+        "half": torch.randn(2).bfloat16(),
+        "none": torch.empty(0, 2),
+    }
     write_tensors(tmp_path / "x.safetensors", tensors)
     back = read_tensors(tmp_path / "x.safetensors")
     assert back.keys() == tensors.keys()

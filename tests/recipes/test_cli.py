@@ -35,6 +35,12 @@ COMMANDS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that are no folder are looked for on the hub; not in a test."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 def linmu(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 

@@ -69,7 +69,9 @@ def test_a_finished_run_has_a_student_to_load_and_a_history(whole, kind):
         assert torch.equal(parameter, weights(done.student)[name]), name
     assert json.loads((done.out / "history.json").read_text()) == done.history
     assert list(dict.fromkeys(entry["stage"] for entry in done.history)) == ["flex-ma", "local-swin", "lora"]
-    assert not [path for folder in Run(done.out, recipe(*three_stages())).stages for path in checkpoints(folder.path)]
+    assert not [
+        path for folder in Run(done.out, recipe(*three_stages())).stages for path in checkpoints(folder.path)
+    ]
     assert not [path for path in done.out.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
@@ -82,7 +84,9 @@ def test_a_finished_run_called_again_trains_nothing(whole, kind):
 
 def test_stages_train_what_they_say_and_leave_the_teacher_alone(whole):
     done = whole["llama"]
-    first, second, third = (read_tensors(folder.result) for folder in Run(done.out, recipe(*three_stages())).stages)
+    first, second, third = (
+        read_tensors(folder.result) for folder in Run(done.out, recipe(*three_stages())).stages
+    )
     fresh = copy.deepcopy(MODELS["llama"]())
     original = weights(MODELS["llama"]())
     for name, parameter in done.teacher.model.named_parameters():
@@ -139,7 +143,10 @@ def test_a_bf16_teacher_gives_a_bf16_student(tmp_path):
 
 
 def test_a_refused_recipe_writes_nothing(tmp_path):
-    for stages in ([stage(), stage(name="two", trainable=["nothing"])], [stage(lora={"targets": ["nothing"]})]):
+    for stages in (
+        [stage(), stage(name="two", trainable=["nothing"])],
+        [stage(lora={"targets": ["nothing"]})],
+    ):
         with pytest.raises(PatternError):
             run(tmp_path / "run", stages=stages)
     assert not (tmp_path / "run").exists()
@@ -149,7 +156,9 @@ def test_a_converted_teacher_is_refused_and_nothing_is_written(tmp_path):
     source = teacher()
     bridges.replace_attention(source.model, "mmate")
     with pytest.raises(bridges.AlreadyConvertedError):
-        distill(recipe(stage()), tmp_path / "run", teacher=source, task=Riddles(images=False), callbacks=QUIET)
+        distill(
+            recipe(stage()), tmp_path / "run", teacher=source, task=Riddles(images=False), callbacks=QUIET
+        )
     assert not (tmp_path / "run").exists()
 
 

@@ -21,7 +21,9 @@ def test_counts_are_what_actually_trains(kind):
         student = copy.deepcopy(model)
         bridges.replace_attention(student, plan.student.mixer, **plan.student.config)
         total = sum(p.numel() for p in student.parameters())
-        trained = [p for p in _adapt(student, entry.lora, select(entry, student)).parameters() if p.requires_grad]
+        trained = [
+            p for p in _adapt(student, entry.lora, select(entry, student)).parameters() if p.requires_grad
+        ]
         assert told.trained_tensors == len(trained)
         assert told.trained_parameters == sum(p.numel() for p in trained)
         adapters = sum(group.parameters for group in told.adapted)
@@ -48,7 +50,16 @@ def test_a_converted_model_is_explained_as_it_is():
 def test_the_print_names_what_trains_and_what_it_costs():
     stages = [*three_stages(), stage(name="last", trainable=["mixer.[qk]_proj"])]
     text = str(recipe(*stages).explain(MODELS["llama"]()))
-    for expected in ("mixer.[qk]_proj", "flex-ma", "branches: flex_ma", "mixers", "LoRA on", "frozen", "1 × hidden_states", "4 steps"):
+    for expected in (
+        "mixer.[qk]_proj",
+        "flex-ma",
+        "branches: flex_ma",
+        "mixers",
+        "LoRA on",
+        "frozen",
+        "1 × hidden_states",
+        "4 steps",
+    ):
         assert expected in text
 
 
@@ -72,7 +83,11 @@ def test_a_tied_head_is_found_by_its_own_name():
         ({"lora": {"targets": ["up_prj"]}}, PatternError, "matches no linear layer.* 'up_proj'"),
         ({"lora": {"targets": ["q_proj"]}}, PatternError, "leave it out of one"),
         ({"active": ["flexma"]}, BranchError, "Did you mean 'flex_ma'"),
-        ({"losses": {"hidden_states": 1}, "trainable": ["mixers", "mlp"]}, LossError, "reaches the mixers alone"),
+        (
+            {"losses": {"hidden_states": 1}, "trainable": ["mixers", "mlp"]},
+            LossError,
+            "reaches the mixers alone",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(fields, error, message):
@@ -98,6 +113,8 @@ def test_a_meta_copy_has_the_shapes_and_ties_and_no_data():
     model = MODELS["llama"](tie_word_embeddings=True)
     empty = meta_copy(model)
     assert all(p.is_meta for p in empty.parameters())
-    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert {n: p.shape for n, p in empty.named_parameters()} == {
+        n: p.shape for n, p in model.named_parameters()
+    }
     assert empty.lm_head.weight is empty.model.embed_tokens.weight
     assert not any(p.is_meta for p in model.parameters())

@@ -18,7 +18,9 @@ from tests.recipes.toys import MODELS
 def save_tokenizer(folder):
     vocabulary = {"<pad>": 0, "<unk>": 1, "<eos>": 2}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(
+        folder
+    )
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
@@ -45,7 +47,7 @@ def test_the_type_is_the_recipes(tmp_path):
 
 @pytest.mark.parametrize("name", ["tiny-vml", "no/such-folder/at-all", "nothing.gguf"])
 def test_what_is_no_teacher_is_refused(name, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(TeacherError, match=name):
         load_teacher(name)
 

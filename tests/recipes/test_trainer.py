@@ -49,7 +49,11 @@ def snapshot(model):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"losses": {"hidden_states": 1.0}, "active": ["flex_ma"], "trainable": [r"branches\.flex_ma", "[qkvo]_proj"]},
+        {
+            "losses": {"hidden_states": 1.0},
+            "active": ["flex_ma"],
+            "trainable": [r"branches\.flex_ma", "[qkvo]_proj"],
+        },
         {"losses": {"hidden_states": {"form": "chained"}, "token_kd": 1.0}},
         {"trainable": [r"layers\.1.*norm"], "lora": {"targets": ["up_proj"]}, "losses": {"task": 1.0}},
     ],
@@ -107,7 +111,9 @@ def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path, value):
 
     run = trainer(tmp_path, steps=4, name="local-swin", callbacks=[Poison()])
     stepped = []
-    run.add_callback(type("Count", (TrainerCallback,), {"on_optimizer_step": lambda *a, **k: stepped.append(1)}))
+    run.add_callback(
+        type("Count", (TrainerCallback,), {"on_optimizer_step": lambda *a, **k: stepped.append(1)})
+    )
     with pytest.raises(NonFiniteLossError, match="stage 'local-swin', step 3"):
         run.train()
     assert len(stepped) == 2

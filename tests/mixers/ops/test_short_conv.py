@@ -55,5 +55,7 @@ def test_gradients_stop_at_edges() -> None:
 def test_wrong_shapes(weight: tuple[int, int], history: tuple[int, int, int] | None) -> None:
     with pytest.raises(ShapeError, match="weight must be"):
         short_conv(
-            torch.zeros(1, 5, 3), torch.zeros(weight), history=None if history is None else torch.zeros(history)
+            torch.zeros(1, 5, 3),
+            torch.zeros(weight),
+            history=None if history is None else torch.zeros(history),
         )

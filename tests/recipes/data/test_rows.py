@@ -19,7 +19,7 @@ def task(request):
 
 def test_rows_without_teacher_answers_are_the_items(task):
     rows = Rows(task.train, None, own=False)
-    assert [row for row in rows] == [(item, None) for item in task.train]
+    assert list(rows) == [(item, None) for item in task.train]
 
 
 @pytest.mark.parametrize("answers", [1, 7, 20])

@@ -1,0 +1,51 @@
+"""``sliding_window`` against a dense mask of the last tokens."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixers import TokenLayout
+from mixers.rotary import apply_rotary
+from tests.helpers import assert_close
+from tests.mixers.oracles import dense_attention, last_tokens
+from tests.mixers.strategies import Rows, rows
+from tests.mixers.zoo import random_rotary, tiny
+
+
+@given(rows=rows(holes=True), window=st.integers(1, 12))
+def test_is_dense_attention_to_the_last_tokens(rows: Rows, window: int) -> None:
+    mixer = tiny("sliding_window", dtype=torch.float64, window=window)
+    x = torch.randn(*rows.shape, 24, dtype=torch.float64)
+    rotary = random_rotary(*rows.shape, torch.float64)
+    q, k, v = mixer.project(x)
+    q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+    want = mixer.o_proj(dense_attention(q, k, v, last_tokens(rows, window), mixer.scale).flatten(2))
+    found = mixer(x, rows.layout, rotary)
+    assert_close("y", want[rows.valid], found[rows.valid], 1e-12)
+
+
+def test_a_window_longer_than_the_row_is_full_attention() -> None:
+    x, full, window = (
+        torch.randn(1, 7, 24),
+        tiny("attention", qk_norm="none"),
+        tiny("sliding_window", qk_norm="none", window=100),
+    )
+    window.load_state_dict(full.state_dict())
+    assert_close("y", full(x), window(x), 1e-5)
+
+
+def test_a_long_window_costs_a_short_row_little() -> None:
+    blocks = TokenLayout.text(1, 10).recent(4096, text_only=False, history=4095)
+    assert blocks.queries.shape == (1, 10)
+    assert blocks.keys.shape[1] <= 4096 + 10
+
+
+def test_state_is_the_window() -> None:
+    mixer = tiny("sliding_window", window=5)
+    state = mixer.init_state(2)
+    assert state["k"].shape == (2, 4, 2, 8)
+    x, mask = torch.randn(2, 3, 24), torch.tensor([[1, 1, 1], [0, 1, 0]])
+    mixer(x, TokenLayout.from_mask(mask), state=state)
+    assert state["seen"].tolist() == [3, 1]
