@@ -6,7 +6,7 @@ student's own stream, the teacher's output also goes on in place of the mixer's,
 ends there, and with gradient checkpointing one layer's graph is alive at a time. Otherwise the mixer is
 called a second time, beside the stream. In the *chained* form the student's own stream is compared.
 
-The hooks run inside the student's forward, in whatever wraps it (DDP, FSDP), and get the keyword
+The hooks run inside the student's forward, under whatever wraps it, and get the keyword
 arguments that Hugging Face passes. What the teacher did comes to them as one of these, so gradient
 checkpointing, which calls a layer again in the backward pass, compares it with the same batch again; a
 forward without it, such as an evaluation between two steps, is left alone.
@@ -54,12 +54,11 @@ class Trace:
     outputs: dict[int, Tensor] = field(default_factory=dict)
     losses: dict[int, Tensor] | None = field(default_factory=dict)
 
-    def compare(self, index: int, output: Tensor) -> Tensor:
-        """Measure the student's output at a layer; return the loss."""
+    def compare(self, index: int, output: Tensor) -> None:
+        """Measure the student's output at a layer."""
         loss = hidden_state_loss(output, self.outputs[index], self.valid)
         if self.losses is not None:
             self.losses[index] = loss
-        return loss
 
     def finish(self) -> Tensor:
         """Return the loss averaged over layers, when the student has run.
@@ -190,9 +189,8 @@ class _Injected(_Chained):
     def compare(
         self, trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        # The loss goes out in the place of attention weights: FSDP looks among a module's outputs for what
-        # will have a gradient, to know when its weights are needed again.
-        return trace.outputs[self.index], trace.compare(self.index, output[0])
+        trace.compare(self.index, _first(output))
+        return trace.outputs[self.index], *output[1:]
 
 
 class _Beside(_Chained):

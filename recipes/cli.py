@@ -12,6 +12,7 @@ from recipes.bench.commands import bench
 from recipes.terminal import (
     EXIT_CODES,
     Commands,
+    Device,
     Json,
     Plot,
     UsageError,
@@ -145,6 +146,9 @@ def convert(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A field of the mixer's config; may be repeated."),
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="Load and save as float32 or bfloat16.")
+    ] = "float32",
     force: Annotated[bool, typer.Option("--force", help="Write into OUT although it is not empty.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing.")] = False,
 ) -> None:
@@ -160,11 +164,14 @@ def convert(
     fields = _parse_settings(settings or [])
     if not dry_run and not force and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already and not empty; choose another folder, or pass --force.")
+    if dtype not in ("float32", "bfloat16"):
+        raise UsageError(f"--dtype must be float32 or bfloat16, found {dtype!r}.")
     with spinner("loading"):
         import bridges
+        from recipes.plan import TeacherSpec
         from recipes.teachers import load_teacher
 
-        teacher = load_teacher(model)
+        teacher = load_teacher(TeacherSpec.model_validate({"model": model, "dtype": dtype}))
     arguments: dict[str, Any] = {"layers": layers, "init": init, **fields}
     if dry_run:
         out.print(str(bridges.plan(teacher.model, mixer, **arguments)), markup=False, soft_wrap=True)
@@ -270,6 +277,7 @@ def evaluate(
     likelihood: Annotated[
         bool, typer.Option("--perplexity", help="Also the perplexity of the right answers: secondary.")
     ] = False,
+    device: Device = None,
     json: Json = None,
     plot: Plot = None,
 ) -> None:
@@ -289,7 +297,7 @@ def evaluate(
         from recipes.plan import DataSpec
         from recipes.results import Results, table
 
-        judged = load_model(model)
+        judged = load_model(model, device)
         questions = load_task(DataSpec(task=task), judged.model.config, judged.tokenizer)
     with progress(f"{task}: asking") as report:
         found = ask(judged.model, questions, limit=limit, batch_size=batch_size, progress=report)

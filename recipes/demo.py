@@ -25,6 +25,7 @@ from recipes.data.task import Task
 from recipes.distill import distill
 from recipes.evaluate import Evaluation, evaluate
 from recipes.explain import Explanation
+from recipes.models import best_device
 from recipes.plan import Recipe, Stage
 from recipes.progress import ProgressBars
 from recipes.results import Results, describe_device, show
@@ -67,6 +68,7 @@ def run(
     _heading("1  The teacher")
     with spinner("loading"):
         teacher = load_teacher(recipe.teacher)
+        teacher.model.to(best_device())  # type: ignore[arg-type]
         task = load_task(recipe.data, teacher.model.config, teacher.tokenizer)
     _introduce(teacher.model, task)
     teacher_found = _ask("the teacher", teacher.model, task, questions)

@@ -97,7 +97,8 @@ def distill(
 
     student = _convert(run, teacher)
     activate(student, recipe.stages[-1].active)
-    student.to(teacher.model.dtype).requires_grad_(True).eval()
+    student.to(teacher.model.dtype)  # type: ignore[arg-type]
+    student.requires_grad_(True).eval()
     history = run.history()
     if ours.is_main_process:
         write_json(run.path / "history.json", history)
@@ -129,9 +130,17 @@ def _run_stage(
     callbacks: Sequence[TrainerCallback],
 ) -> None:
     seed = run.recipe.seed + number
-    model, changed = _start(run, stage, teacher, seed)
+    before = run.latest_result()
+    student = _convert(run, teacher)
+    activate(student, stage.active)
+    selection = select(stage, student)
+    changed = _changed(student, selection) | set(() if before is None else read_tensors(before))
+    set_seed(seed)
+    model = _adapt(student, stage.lora, selection)
     if stage.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
         enable({"use_reentrant": False})
     rows = _rows(stage, folder, teacher, task, seed)
     arguments = training_arguments(
@@ -152,29 +161,12 @@ def _run_stage(
         callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=folder.checkpoint())
-    shards = trainer.gathered()
     if trainer.is_world_process_zero():
-        if shards is not None:
-            model, _ = _start(run, stage, teacher, seed)
-            load_parameters(model, shards, folder.path)
         done = model.merge_and_unload() if isinstance(model, PeftModel) else model
         write_json(folder.history, trainer.history)
         write_tensors(folder.result, {n: p for n, p in done.named_parameters() if n in changed})
         folder.tidy()
     trainer.accelerator.wait_for_everyone()
-
-
-def _start(
-    run: Run, stage: Stage, teacher: Teacher, seed: int
-) -> tuple[PreTrainedModel | PeftModel, set[str]]:
-    """Return the student as a stage starts with it, and the names of what differs from the teacher after it."""
-    student = _convert(run, teacher)
-    activate(student, stage.active)
-    selection = select(stage, student)
-    before = run.latest_result()
-    changed = _changed(student, selection) | set(() if before is None else read_tensors(before))
-    set_seed(seed)
-    return _adapt(student, stage.lora, selection), changed
 
 
 def _changed(student: nn.Module, selection: Selection) -> set[str]:

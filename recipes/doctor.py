@@ -32,10 +32,10 @@ REQUIRED = (
     "rich",
 )
 OPTIONAL = {
-    "triton": ("triton", "fused GPU kernels", "triton"),
-    "mamba-ssm": ("mamba_ssm", "another SSD backend, and a yardstick for ours", "mamba"),
-    "causal-conv1d": ("causal_conv1d", "another short-convolution backend", "mamba"),
-    "xformers": ("xformers.ops", "another window-attention backend", "xformers"),
+    "triton": ("triton", "the compiler of GPU kernels", "triton"),
+    "mamba-ssm": ("mamba_ssm", "Mamba2's own SSD kernels, to compare with", "mamba"),
+    "causal-conv1d": ("causal_conv1d", "a short-convolution kernel, to compare with", "mamba"),
+    "xformers": ("xformers.ops", "memory-efficient attention, to compare with", "xformers"),
     "torchvision": ("torchvision", "the video processors of transformers", "vision"),
     "timm": ("timm", "vision towers that come from timm", "vision"),
     "matplotlib": ("matplotlib", "pictures (--plot, linmu demo)", "demo"),

@@ -51,5 +51,9 @@ class CheckpointError(RecipeError, OSError):
     """A checkpoint is missing, truncated, does not fit the student, or could not be written."""
 
 
+class LaunchError(RecipeError, RuntimeError):
+    """The processes were launched in a way that training does not support."""
+
+
 class NonFiniteLossError(RecipeError, ArithmeticError):
     """The loss became NaN or infinite."""

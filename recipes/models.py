@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer
 
 import bridges
@@ -12,11 +13,12 @@ from bridges.pretrained import MODEL_TYPE
 from recipes.teachers import Teacher, load_teacher
 
 
-def load_model(name: str) -> Teacher:
-    """Load a model and its tokenizer, in fp32 on the CPU.
+def load_model(name: str, device: str | None = None) -> Teacher:
+    """Load a model and its tokenizer, in fp32.
 
     Args:
         name: As for :func:`recipes.teachers.load_teacher`, or the folder of a converted model.
+        device: Where to put it. Default: :func:`best_device`.
 
     Raises:
         bridges.CheckpointError: The converted model is incomplete or damaged.
@@ -24,6 +26,14 @@ def load_model(name: str) -> Teacher:
     """
     config = Path(name) / "config.json"
     if not config.is_file() or json.loads(config.read_text()).get("model_type") != MODEL_TYPE:
-        return load_teacher(name)
-    model = bridges.load_pretrained(name)
-    return Teacher(model.eval(), AutoTokenizer.from_pretrained(name), Path(name).name)
+        loaded = load_teacher(name)
+    else:
+        model = bridges.load_pretrained(name, dtype=torch.float32)
+        loaded = Teacher(model.eval(), AutoTokenizer.from_pretrained(name), Path(name).name)
+    loaded.model.to(device or best_device())  # type: ignore[arg-type]
+    return loaded
+
+
+def best_device() -> str:
+    """Return ``"cuda"`` where there is a GPU, else ``"cpu"``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -71,7 +71,7 @@ class Objective:
 
     The teacher runs once a batch. Full logits are never made: both models run with
     ``logits_to_keep=1``, and the token losses go from the last hidden states through the output head
-    in chunks. The hook sits on the model itself, so it runs inside DDP and FSDP, where weights are whole.
+    in chunks. The hook sits on the model itself, so the loss is part of what DDP sees come out.
 
     Args:
         losses: Which, with weights.

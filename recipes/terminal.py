@@ -42,6 +42,11 @@ Plot = Annotated[
 ]
 
 
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cpu or cuda; by default cuda where there is one.")
+]
+
+
 class UsageError(RecipeError, ValueError):
     """What was asked for makes no sense, or would overwrite something."""
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from recipes.checkpoint import load_parameters, read_tensors, seal, write_tensors
 from recipes.data.task import Batch
-from recipes.errors import CheckpointError, NonFiniteLossError
+from recipes.errors import CheckpointError, LaunchError, NonFiniteLossError
 from recipes.objective import MICRO_BATCHES, Counts, Objective, token_masks
 from recipes.plan import Stage
 
@@ -101,6 +101,9 @@ class DistillTrainer(Trainer):
         data: Map-style dataset.
         collate: Makes a batch.
         callbacks: Of transformers.
+
+    Raises:
+        LaunchError: The processes were launched for FSDP or DeepSpeed.
     """
 
     # Losses are means over all tokens of the optimiser step, so the Trainer must not divide them again.
@@ -124,6 +127,11 @@ class DistillTrainer(Trainer):
             data_collator=collate,
             callbacks=[_LastStep(), *callbacks],
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise LaunchError(
+                "a student cannot be trained in shards (FSDP, DeepSpeed) yet: its losses use the output head outside "
+                "of its own turn. Launch with plain data parallelism: torchrun --nproc_per_node N."
+            )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
         self.stage, self.student = stage, model
@@ -155,16 +163,6 @@ class DistillTrainer(Trainer):
             return super().train(resume_from_checkpoint=resume, **kwargs)
         finally:
             self.objective.close()
-
-    def gathered(self) -> dict[str, Tensor] | None:
-        """Return what this stage trained, whole, if processes hold shards of it (FSDP, DeepSpeed), else None.
-
-        All processes must call it; the tensors of the main one are on the CPU.
-        """
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return None
-        state = self.accelerator.get_state_dict(self.model_wrapped)
-        return {name: state[name] for name in self._trained() if name in state}
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Collect the batches of an optimiser step, and count the tokens of each loss in all of them."""
@@ -268,14 +266,9 @@ class DistillTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        trained: Mapping[str, Tensor] = self._trained()
-        if state_dict is not None:
-            trained = {name: state_dict[name] for name in trained}
-        write_tensors(folder / WEIGHTS, trained)
+        write_tensors(folder / WEIGHTS, self._trained())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / WEIGHTS
         tensors = read_tensors(path)
         missing = self._trained().keys() - tensors.keys()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recipes.terminal import EXIT_CODES, Commands, Json, Plot, UsageError, command_line, out, spinner
+from recipes.terminal import EXIT_CODES, Commands, Device, Json, Plot, UsageError, command_line, out, spinner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +44,7 @@ def prefill(
     max_seconds: Annotated[
         float, typer.Option(help="Leave out lengths where one run is expected to take longer.")
     ] = 60.0,
+    device: Device = None,
     json: Json = None,
     plot: Plot = None,
 ) -> None:
@@ -56,7 +57,7 @@ def prefill(
     from recipes.bench.prefill import prefill as measure
 
     wanted = parse_lengths(lengths)
-    models, inputs = _pair(teacher, student, mixer)
+    models, inputs = _pair(teacher, student, mixer, device)
     with spinner("prefill") as now:
         rows = measure(models, inputs, wanted, repeats=repeats, max_seconds=max_seconds, progress=now)
     values = {"seconds": "prefill time (s)", "peak_mib": "prefill memory above weights (MiB)"}
@@ -71,6 +72,7 @@ def decode(
     mixer: Mixer = "mmate",
     lengths: Lengths = "1k,4k,16k",
     new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate after each prompt.")] = 16,
+    device: Device = None,
     json: Json = None,
     plot: Plot = None,
 ) -> None:
@@ -78,7 +80,7 @@ def decode(
     from recipes.bench.decode import decode as measure
 
     wanted = parse_lengths(lengths)
-    models, inputs = _pair(teacher, student, mixer)
+    models, inputs = _pair(teacher, student, mixer, device)
     with spinner("decode") as now:
         rows = measure(models, inputs, wanted, new_tokens=new_tokens, progress=now)
     values = {"ms_per_token": "time of a new token (ms)", "state_mib": "cache (MiB)"}
@@ -91,9 +93,7 @@ def ops(
     names: Annotated[list[str] | None, typer.Argument(metavar="OP", help="Which; by default all.")] = None,
     lengths: Lengths = "8k,16k,32k,64k",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")
-    ] = None,
+    device: Device = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median counts.")] = 3,
     json: Json = None,
     plot: Plot = None,
@@ -105,15 +105,14 @@ def ops(
     faster than linearly the time rises from the first length to the last.
     """
     with spinner("loading"):
-        import torch
-
         from recipes.bench.ops import TOLERANCE, growth, measure_ops
+        from recipes.models import best_device
 
     wanted = parse_lengths(lengths)
     dtypes = {str(known).removeprefix("torch."): known for known in TOLERANCE}
     if dtype not in dtypes:
         raise UsageError(f"--dtype must be one of {', '.join(dtypes)}; found {dtype!r}.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or best_device()
     with spinner("ops") as now:
         rows = measure_ops(names, wanted, dtype=dtypes[dtype], device=device, repeats=repeats, progress=now)
     figures = growth(rows)
@@ -138,7 +137,9 @@ def parse_lengths(text: str) -> list[int]:
     return lengths
 
 
-def _pair(teacher: str, student: str | None, mixer: str) -> tuple[dict[str, PreTrainedModel], Inputs]:
+def _pair(
+    teacher: str, student: str | None, mixer: str, device: str | None
+) -> tuple[dict[str, PreTrainedModel], Inputs]:
     with spinner("loading"):
         import copy
 
@@ -146,12 +147,12 @@ def _pair(teacher: str, student: str | None, mixer: str) -> tuple[dict[str, PreT
         from recipes.bench.inputs import inputs_for
         from recipes.models import load_model
 
-        loaded = load_model(teacher)
+        loaded = load_model(teacher, device)
         if student is None:
             converted = copy.deepcopy(loaded.model)
             bridges.replace_attention(converted, mixer)
         else:
-            converted = load_model(student).model
+            converted = load_model(student, device).model
         return {"teacher": loaded.model, "student": converted}, inputs_for(loaded.model, loaded.tokenizer)
 
 

@@ -82,6 +82,7 @@ def test_help_and_version_do_without_torch() -> None:
         (["convert", "tiny-vlm", "OUT", "--set", "text_window"], "KEY=VALUE"),
         (["convert", "tiny-vlm", "OUT", "--set", "text_window=["], "not YAML"),
         (["convert", "tiny-vlm", "OUT", "--layers", "7"], "7"),
+        (["convert", "tiny-vlm", "OUT", "--dtype", "int8"], "int8"),
         (["bench", "ops", "sdd"], "Did you mean 'ssd'"),
         (["bench", "ops", "--dtype", "float12"], "float12"),
         (["bench", "prefill", "--lengths", "2k,1k"], "rise"),
@@ -153,9 +154,9 @@ def test_convert_saves_what_replace_attention_makes(tmp_path: Path) -> None:
     assert "--force" in stderr(refused)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     (out / "notes.txt").write_text("mine")
-    assert linmu("convert", "tiny-vlm", out, "--force", "--set", "text_window=8").exit_code == 0
+    assert linmu("convert", "tiny-vlm", out, "--force", "--dtype", "bfloat16").exit_code == 0
     assert (out / "notes.txt").read_text() == "mine"
-    assert bridges.attention_layers(bridges.load_pretrained(out))[0].mixer.config.text_window == 8
+    assert bridges.load_pretrained(out).dtype == torch.bfloat16
 
     again = linmu("convert", out, tmp_path / "twice")
     assert again.exit_code == 2

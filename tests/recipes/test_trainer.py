@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 import bridges
@@ -14,7 +14,7 @@ import recipes.trainer
 from recipes.checkpoint import read_tensors, verify
 from recipes.data.rows import Collator, Rows
 from recipes.distill import _adapt
-from recipes.errors import CheckpointError, NonFiniteLossError
+from recipes.errors import CheckpointError, LaunchError, NonFiniteLossError
 from recipes.plan import Stage
 from recipes.selection import activate, select
 from recipes.trainer import DistillTrainer, checkpoints, training_arguments
@@ -110,14 +110,14 @@ def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path, value):
                     model.model.norm.weight.fill_(value)
 
     run = trainer(tmp_path, steps=4, name="local-swin", callbacks=[Poison()])
-    stepped = []
+    stepped, hooks = [], len(run.model._forward_hooks)
     run.add_callback(
         type("Count", (TrainerCallback,), {"on_optimizer_step": lambda *a, **k: stepped.append(1)})
     )
     with pytest.raises(NonFiniteLossError, match="stage 'local-swin', step 3"):
         run.train()
     assert len(stepped) == 2
-    assert not run.model._forward_hooks
+    assert len(run.model._forward_hooks) == hooks - 1
 
 
 def test_a_checkpoint_holds_what_trains_and_is_sealed(tmp_path):
@@ -178,3 +178,27 @@ def test_weight_decay_spares_vectors(tmp_path):
     names = trainer(tmp_path).get_decay_parameter_names(MODELS["llama"]())
     assert "model.layers.0.mlp.up_proj.weight" in names
     assert not [name for name in names if "norm" in name]
+
+
+def test_a_launch_in_shards_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(DistillTrainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(LaunchError, match="torchrun"):
+        trainer(tmp_path)
+
+
+def sharded(self):
+    Trainer.create_accelerator_and_postprocess(self)
+    self.is_fsdp_enabled = True
+
+
+def test_a_loss_is_averaged_over_the_steps_that_have_tokens_for_it(tmp_path):
+    """A row a step, of one kind or the other: averaged over all steps each loss would seem half as large."""
+    losses = {"task": 1.0, "sequence_kd": 1.0}
+    run = trainer(tmp_path, steps=5, batch_size=1, log_every=5, losses=losses, optimizer=1e-6)
+    item = run.train_dataset.items[0]
+    run.train_dataset = [(item, None), (item, torch.tensor(item["answer"]))]
+    run.train()
+    first, last = run.history
+    (alone,) = [first[name] for name in losses if first[name] > 0]
+    assert last["task"] == pytest.approx(alone, rel=1e-2)
+    assert last["sequence_kd"] == pytest.approx(alone, rel=1e-2)
