@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -112,7 +113,7 @@ def explain(recipe: Recipe, model: nn.Module) -> Explanation:
     )
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
+def meta_copy(model: Any) -> Any:
     """Copy a module with its tensors on the meta device: same shapes, no data."""
     tensors: dict[int, object] = {}
     for parameter in model.parameters():

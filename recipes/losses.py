@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from recipes.data.task import IGNORED
 from recipes.errors import LossError
@@ -126,7 +127,7 @@ def predicted_tokens(batch: dict[str, Tensor], tokens: str) -> Tensor:
     return F.pad(counts[:, 1:] & valid[:, :-1], (0, 1))
 
 
-def output_head(model: nn.Module) -> Head:
+def output_head(model: PreTrainedModel) -> Head:
     """Return how a model makes logits of its last hidden states, scaling and soft-cap included.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -151,7 +152,7 @@ def _check_branches(stage: Stage, student: nn.Module) -> None:
                 )
 
 
-def _check_losses(stage: Stage, student: nn.Module, selection: Selection) -> None:
+def _check_losses(stage: Stage, student: Any, selection: Selection) -> None:
     losses = stage.losses
     if losses.hidden_states is not None and not converted_attention(student):
         raise LossError(

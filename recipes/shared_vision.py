@@ -23,7 +23,8 @@ class SharedVision:
     """
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-        self.teacher, self.student = _vision_tower(teacher), _vision_tower(student)
+        self.teacher: Any = _vision_tower(teacher)
+        self.student: Any = _vision_tower(student)
         self.shared = (
             self.teacher is not None and self.student is not None and _same(self.teacher, self.student)
         )

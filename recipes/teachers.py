@@ -60,6 +60,8 @@ def load_teacher(spec: TeacherSpec | str) -> Teacher:
     if isinstance(spec, str):
         spec = TeacherSpec(model=spec)
     dtype = getattr(torch, spec.dtype)
+    model: Any
+    tokenizer: Any
     if spec.model == "tiny-vlm":
         from recipes.tiny_vlm import load
 

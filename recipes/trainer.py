@@ -135,8 +135,8 @@ class DistillTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
         self.stage, self.student = stage, model
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.objective = Objective(stage.losses, base, teacher, self.accelerator.autocast)
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.objective: Objective = Objective(stage.losses, base, teacher, self.accelerator.autocast)
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._steps: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._started = time.monotonic()

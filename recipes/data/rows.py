@@ -161,7 +161,7 @@ def teacher_answers(
     return {int(i): ids[ids != IGNORED] for i, ids in zip(stored["items"], stored["answers"])}
 
 
-def _generate(teacher: PreTrainedModel, task: Task, indices: list[int], width: int) -> Tensor:
+def _generate(teacher: Any, task: Task, indices: list[int], width: int) -> Tensor:
     prompts = task.prompts([task.train[i] for i in indices])
     inputs: dict[str, Any] = {key: value.to(teacher.device) for key, value in prompts.items()}
     with torch.no_grad():
