@@ -22,7 +22,7 @@ demo: $(FOR_DEMO) ## Distil a small vision-language model, and show what it gain
 	$(BIN)/linmu demo $(ARGS)
 
 test: lint docs ## Check everything: style, types, the site, the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(ARGS)
 
 lint: $(FOR_DEV) ## Check style and types
 	$(BIN)/python -m ruff check .
