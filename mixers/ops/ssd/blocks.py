@@ -47,11 +47,11 @@ class Plan:
         return t.flatten(0, 1).index_select(0, self._index(i)).unflatten(0, (len(t), -1))
 
     def add(self, whole: Tensor, part: Tensor, i: int) -> None:
-        """Add the tokens of block i to ``whole`` [B, N, …] in place; the transpose of :meth:`take`."""
+        """Add the tokens of block i to contiguous ``whole`` [B, N, …]; the transpose of :meth:`take`."""
         if self.order is None:
             whole[:, i * self.step : (i + 1) * self.step] += part
         else:
-            whole.flatten(0, 1).index_add_(0, self._index(i), part.flatten(0, 1))
+            whole.view(-1, *whole.shape[2:]).index_add_(0, self._index(i), part.flatten(0, 1))
 
     def before(self, i: int, state: Tensor) -> Edge:
         """The forward state that enters block i, with its sequence."""
@@ -79,7 +79,7 @@ def scan_blocks(plan: Plan, state: Tensor, inputs: tuple[Tensor, ...]) -> tuple[
         mixed, state = mix_block(given, plan.tables, plan.cut, plan.before(0, state), after)
         if plan.order is None:
             return mixed, state
-        y = torch.zeros_like(mixed)
+        y = mixed.new_zeros(mixed.shape)
         plan.add(y, mixed, 0)
         return y, state
 
@@ -115,7 +115,7 @@ class _Scan(torch.autograd.Function):
         n, saved = plan.blocks, ctx.saved_tensors
         own = len(saved) - n * (1 + plan.both)
         inputs, befores, afters = saved[:own], saved[own : own + n], saved[own + n :]
-        grads = tuple(torch.zeros_like(t) for t in inputs)
+        grads = tuple(t.new_zeros(t.shape) for t in inputs)
 
         def leaf(t: Tensor) -> Tensor:
             return t.detach().requires_grad_()
