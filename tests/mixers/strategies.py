@@ -128,7 +128,7 @@ def rows(
     slots: list[list[tuple | None]] = []
     for sequences in batch:
         row: list[tuple | None] = []
-        number = itertools.count(draw(st.integers(0, 1)), 2)
+        number = itertools.count(draw(st.integers(20, 21)), draw(st.sampled_from([2, -2])))
         for place, pieces in enumerate(sequences):
             if place:
                 row += [None] * draw(pad)
