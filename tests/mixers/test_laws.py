@@ -126,7 +126,7 @@ def test_what_the_law_allows_does_reach(variant: str) -> None:
 
 
 @every_variant
-@given(rows=rows(max_sequences=1), layer=LAYERS, data=st.data())
+@given(rows=rows(max_sequences=1, holes=True), layer=LAYERS, data=st.data())
 def test_cached_equals_uncached(variant: str, rows: Rows, layer: int, data: st.DataObject) -> None:
     """Prefill in chunks cut anywhere outside clips, then single tokens, gives what one pass gives."""
     mixer, layout = tiny(variant, dtype=torch.float64, layer_idx=layer), rows.layout
