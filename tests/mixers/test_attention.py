@@ -91,4 +91,5 @@ def test_no_square_mask_is_built(past: int) -> None:
         if past:
             mixer(torch.randn(1, past, 4), state=state)
         mixer(torch.randn(1, length, 4), layout, state=state if past else None)
-    assert 0 < largest.size < length * length / 2
+    # A square mask of bools takes N² bytes; the float scores of 512 queries at a time take half of that here.
+    assert 0 < largest.size < 0.75 * length * length
