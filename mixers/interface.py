@@ -162,7 +162,8 @@ class TokenMixer(nn.Module):
             layout: Where each token stands. Default: one valid text sequence a row.
             rotary: Rotary embedding of these tokens' positions.
             state: From :meth:`init_state`; read as what came before ``x`` and updated in place to
-                what comes after it. Gradients do not flow through it.
+                what comes after it. The row's first sequence goes on from it, so a new sequence
+                needs a new state. Gradients do not flow through it.
 
         Returns:
             [B, N, D]. What stands at padding is unspecified but finite.

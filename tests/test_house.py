@@ -118,17 +118,6 @@ print([m for m in {HEAVY!r} if m in sys.modules])
     assert found.stdout.split() == ["[]", "[]"]
 
 
-def test_imports_go_one_way() -> None:
-    forbidden = {
-        "mixers": r"bridges|recipes|transformers|peft|accelerate",
-        "bridges": r"recipes|peft|accelerate",
-    }
-    for package, names in forbidden.items():
-        for file in (ROOT / package).rglob("*.py"):
-            found = re.findall(rf"^\s*(?:from|import) (?:{names})\b.*", file.read_text(), re.MULTILINE)
-            assert not found, f"{file.relative_to(ROOT)}: {found}"
-
-
 def test_no_path_of_a_machine_is_committed() -> None:
     for path in tracked():
         if path.suffix in (".png", ".safetensors") or path == Path(__file__):
