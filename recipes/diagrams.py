@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mixers import ROTARY_MAJOR_SCAN, Grid, TokenLayout, TokenMixer, build
-from recipes.plots import COLOURS, INK, _figure
+from recipes.plots import COLOURS, INK, blank_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ def scan_orders(grid: Grid) -> Figure:
     """
     frames, height, width = grid
     layout = TokenLayout.from_grids(frames * height * width, [[(0, grid)]])
-    figure = _figure(2 * (0.4 * width * frames + 0.9), 2 * (0.4 * height + 0.75))
+    figure = blank_figure(2 * (0.4 * width * frames + 0.9), 2 * (0.4 * height + 0.75))
     parts: Any = figure.subfigures(2, 2)
     for layer, (part, axes) in enumerate(zip(parts.flat, ROTARY_MAJOR_SCAN)):
         inverse = layout.scan(axes).inverse
@@ -86,7 +86,7 @@ def windows(grid: Grid, window: Grid, token: Grid) -> Figure:
     frames, height, width = grid
     layout = TokenLayout.from_grids(frames * height * width, [[(0, grid)]])
     at = (token[0] * height + token[1]) * width + token[2]
-    figure = _figure(0.24 * width * frames + 1, 2 * (0.24 * height + 0.6))
+    figure = blank_figure(0.24 * width * frames + 1, 2 * (0.24 * height + 0.6))
     parts: Any = figure.subfigures(2, 1)
     for part, shifted in zip(parts, (False, True)):
         blocks = layout.windows(window, shifted)
@@ -114,7 +114,7 @@ def reach(layout: TokenLayout, branches: Mapping[str, TokenMixer]) -> Figure:
         branches: Panel title → mixer.
     """
     size = 0.11 * layout.length + 0.6
-    figure = _figure(size * len(branches), size + 0.75)
+    figure = blank_figure(size * len(branches), size + 0.75)
     for panel, (title, mixer) in zip(figure.subplots(1, len(branches), squeeze=False)[0], branches.items()):
         _draw_reach(panel, layout, dependencies(mixer, layout))
         panel.set_title(title, fontsize=10, color=INK)

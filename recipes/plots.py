@@ -43,7 +43,7 @@ def demo(
         decode: Rows of :func:`recipes.bench.decode.decode`.
         history: Rows of a distillation: ``stage``, ``step``, ``loss``.
     """
-    figure = _figure(16, 8.2)
+    figure = blank_figure(16, 8.2)
     grid = figure.add_gridspec(2, 1, height_ratios=(1.15, 1))
     top, bottom = (figure.add_subfigure(grid[row]) for row in range(2))
     panels = top.subplots(1, 4)
@@ -68,7 +68,7 @@ def scaling(
         values: Key in the rows → axis label.
         by: Key that says who.
     """
-    figure = _figure(5.2 * len(values) + 1, 4.4)
+    figure = blank_figure(5.2 * len(values) + 1, 4.4)
     for axes, (value, label) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items()):
         draw_scaling(axes, rows, value, label, by)
     figure.suptitle(title, fontweight="bold")
@@ -77,7 +77,7 @@ def scaling(
 
 def accuracies(path: Path | str, title: str, groups: Mapping[str, float]) -> None:
     """Draw one bar a group."""
-    figure = _figure(max(4.0, 1.2 + 0.8 * len(groups)), 4.4)
+    figure = blank_figure(max(4.0, 1.2 + 0.8 * len(groups)), 4.4)
     draw_accuracy(figure.subplots(), groups)
     figure.suptitle(title, fontweight="bold")
     _save(figure, path)
@@ -91,7 +91,7 @@ def losses(path: Path | str, title: str, history: Sequence[Row]) -> None:
         title: Above all.
         history: Rows with ``stage``, ``step`` and ``loss``.
     """
-    figure = _figure(3.9 * max(1, len({row["stage"] for row in history})) + 1, 3.8)
+    figure = blank_figure(3.9 * max(1, len({row["stage"] for row in history})) + 1, 3.8)
     draw_losses(figure, history)
     figure.suptitle(title, fontweight="bold")
     _save(figure, path)
@@ -175,7 +175,12 @@ def _thousands(number: int) -> str:
     return f"{number / 1024:.0f}k" if number >= 1024 else str(number)
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of a size in inches that needs no screen.
+
+    Raises:
+        PlotError: Matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
