@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from mixers.errors import BackendError, near
 
 ENVIRONMENT_VARIABLE = "LINMU_BACKEND"
 
-_chosen: ContextVar[str | None] = ContextVar("linmu_backend", default=None)
+_chosen: list[str] = []  # no context variable: torch.compile cannot trace one, and backward runs in other threads
 _OPS: dict[str, Op] = {}
 
 
@@ -26,12 +25,18 @@ class Backend:
         run: The implementation.
         unavailable: Returns why it cannot run on this machine, or None if it can.
         unsupported: Returns why it cannot run on these arguments, or None if it can.
+        hesitates: Returns why it runs here only when asked for by name, or None if it does not hesitate.
     """
 
     name: str
     run: Callable[..., Any]
     unavailable: Callable[[], str | None]
     unsupported: Callable[..., str | None]
+    hesitates: Callable[[], str | None]
+
+    def declines(self) -> str | None:
+        """Return why it would not be chosen here unless asked for, or None if it would."""
+        return self.unavailable() or self.hesitates()
 
 
 class Op:
@@ -53,11 +58,12 @@ class Op:
         *,
         unavailable: Callable[[], str | None] = lambda: None,
         unsupported: Callable[..., str | None] = lambda *args, **kwargs: None,
+        hesitates: Callable[[], str | None] = lambda: None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorate an implementation to add it after those that are there."""
 
         def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.backends[name] = Backend(name, run, unavailable, unsupported)
+            self.backends[name] = Backend(name, run, unavailable, unsupported, hesitates)
             return run
 
         return decorate
@@ -68,11 +74,11 @@ class Op:
         Raises:
             BackendError: The backend asked for is unknown, or cannot run here or on these arguments.
         """
-        told = backend or _chosen.get() or os.environ.get(ENVIRONMENT_VARIABLE)
+        told = backend or _told()
         if told:
             return self._explicit(told, *args, **kwargs).run(*args, **kwargs)
         for candidate in self.backends.values():
-            if candidate.unavailable() is None and candidate.unsupported(*args, **kwargs) is None:
+            if candidate.declines() is None and candidate.unsupported(*args, **kwargs) is None:
                 return candidate.run(*args, **kwargs)
         raise BackendError(f"no backend of {self.name} can run here: {self.report().reasons}.")
 
@@ -90,8 +96,10 @@ class Op:
 
     def report(self) -> OpReport:
         """Say which backend would run and why the others would not."""
-        reasons = {b.name: b.unavailable() for b in self.backends.values()}
-        told = _chosen.get() or os.environ.get(ENVIRONMENT_VARIABLE)
+        told = _told()
+        reasons = {
+            b.name: b.unavailable() if b.name == told else b.declines() for b in self.backends.values()
+        }
         if told and told not in reasons:
             reasons[told] = "there is no such backend"
         able = [name for name, reason in reasons.items() if reason is None]
@@ -129,8 +137,12 @@ def backends() -> dict[str, OpReport]:
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the block on the backend ``name``."""
-    token = _chosen.set(name)
+    _chosen.append(name)
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen.pop()
+
+
+def _told() -> str | None:
+    return _chosen[-1] if _chosen else os.environ.get(ENVIRONMENT_VARIABLE)
