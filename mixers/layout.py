@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mixers.blocks import Blocks, composite, recent_blocks, window_blocks
 from mixers.errors import LayoutError
 
 Grid = tuple[int, int, int]
@@ -37,21 +38,6 @@ class Scan:
     vision: Tensor | None
     extent: Tensor | None
     run: Tensor | None
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Groups of queries and the keys that each group may look at, as gather tables.
-
-    Attributes:
-        queries: [M, Q] flat token indices b·N + i, -1 where a slot is empty.
-        keys: [M, K] flat indices into rows of ``history + N`` tokens, -1 where empty.
-        allowed: bool [M, Q, K], or None where every query of a group sees all of its keys.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    allowed: Tensor | None
 
 
 class TokenLayout:
@@ -210,18 +196,19 @@ class TokenLayout:
         """
         return self._kept(("scan", axes), lambda: self._scan(axes))
 
-    def windows(self, size: Grid, shifted: bool = False) -> Blocks | None:
+    def windows(self, size: Grid, shifted: bool = False, *, history: int = 0) -> Blocks | None:
         """Cut each clip into 3-D windows; None without vision.
 
         Args:
             size: Window extent in tokens along (t, h, w).
             shifted: Whether the cuts are moved by half a window. Windows at the border are then
                 smaller; nothing wraps around (unlike Swin's cyclic shift).
+            history: Slots that stand before the row's first token; keys index rows of ``history + N``.
         """
-        return (
-            None
-            if self.clip is None
-            else self._kept(("windows", size, shifted), lambda: self._windows(size, shifted))
+        if self.clip is None:
+            return None
+        return self._kept(
+            ("windows", size, shifted, history), lambda: self._windows(size, shifted, history)
         )
 
     def recent(self, window: int, *, text_only: bool, history: int = 0) -> Blocks | None:
@@ -236,7 +223,7 @@ class TokenLayout:
         Returns:
             The table, or None where no token is a query.
         """
-        key = ("recent", window, text_only, history)
+        key = ("recent", window, text_only, history, torch.is_grad_enabled())
         return self._kept(key, lambda: self._recent(window, text_only, history))
 
     def to(self, device: torch.device | str) -> TokenLayout:
@@ -333,7 +320,7 @@ class TokenLayout:
         coords = self.coords.flatten(0, 1)[tokens]
         if bool((coords < 0).any()):
             raise LayoutError("coords of vision tokens must not be negative.")
-        key = _composite(group, coords)
+        key = composite(group, coords)
         if len(torch.unique(key)) != len(key):
             raise LayoutError(
                 "two tokens of one clip have the same (t, h, w); coords must differ within a clip."
@@ -372,7 +359,7 @@ class TokenLayout:
             tokens, group = self._vision_groups()
             coords = self.coords.flatten(0, 1)[tokens][:, ["thw".index(a) for a in axes]]
             flat = torch.arange(self.batch_size * self.length, device=self.device)
-            flat[tokens] = tokens[_composite(group, coords).argsort(stable=True)]
+            flat[tokens] = tokens[composite(group, coords).argsort(stable=True)]
             order = flat.view(self.batch_size, -1) % self.length
             inverse = torch.empty_like(order).scatter_(1, order, self._positions())
             if bool((order == self._positions()).all()):
@@ -391,55 +378,16 @@ class TokenLayout:
             change[:, 1:] |= table[:, 1:] != table[:, :-1]
         return change.cumsum(1)
 
-    def _windows(self, size: Grid, shifted: bool) -> Blocks:
+    def _windows(self, size: Grid, shifted: bool, history: int) -> Blocks:
         assert self.coords is not None
         tokens, group = self._vision_groups()
-        extent = torch.tensor(size, device=self.device)
-        offset = extent // 2 if shifted else torch.zeros_like(extent)
-        cell = (self.coords.flatten(0, 1)[tokens] + offset) // extent
-        _, window, count = torch.unique(_composite(group, cell), return_inverse=True, return_counts=True)
-        by_window = window.argsort(stable=True)
-        place = torch.arange(len(tokens), device=self.device) - (count.cumsum(0) - count)[window[by_window]]
-        table = torch.full((len(count), int(count.max())), -1, device=self.device)
-        table[window[by_window], place] = tokens[by_window]
-        return Blocks(table, table, None)
+        coords, shape = self.coords.flatten(0, 1)[tokens], (self.batch_size, self.length)
+        return window_blocks(tokens, group, coords, size, shifted, shape=shape, history=history)
 
     def _recent(self, window: int, text_only: bool, history: int) -> Blocks | None:
         valid = self.valid if self.valid is not None else torch.ones_like(self._positions(), dtype=torch.bool)
         query = valid & (self.clip < 0) if text_only and self.clip is not None else valid
-        tokens = query.flatten().nonzero().flatten()
-        if not len(tokens):
-            return None
-        rank = valid.cumsum(1) - 1
-        token_of_rank = (~valid).long().argsort(dim=1, stable=True)
-        row, own_rank = tokens // self.length, rank.flatten()[tokens]
-        size = min(window, self.length)
-        groups = self.length // size + 1
-        group, member = torch.unique(row * groups + own_rank // size, return_inverse=True)
-        queries = torch.full((len(group), size), -1, device=self.device)
-        queries[member, own_rank % size] = tokens
-
-        group_row, first_rank = group // groups, group % groups * size
-        key_rank = first_rank[:, None] + torch.arange(1 - window, size, device=self.device)
-        in_row = (key_rank >= 0) & (key_rank < valid.sum(1)[group_row][:, None])
-        token = token_of_rank[group_row[:, None], key_rank.clamp(0, self.length - 1)]
-        slot = torch.where(in_row, history + token, torch.where(key_rank < 0, history + key_rank, -1))
-        keys = torch.where(slot >= 0, group_row[:, None] * (history + self.length) + slot, -1)
-
-        query_rank = (first_rank[:, None] + torch.arange(size, device=self.device))[:, :, None]
-        allowed = (
-            (key_rank[:, None] <= query_rank)
-            & (key_rank[:, None] > query_rank - window)
-            & (keys >= 0)[:, None]
-        )
-        if self.sequence is not None:
-            first = self.sequence[group_row, 0][:, None]
-            key_sequence = torch.where(in_row, self.sequence[group_row[:, None], token], first)
-            query_sequence = self.sequence.flatten()[queries.clamp_min(0)]
-            allowed = allowed & (query_sequence[:, :, None] == key_sequence[:, None])
-        # Short rows and rare text fill few of the slots; the empty columns would be computed in vain.
-        asked, held = (queries >= 0).any(0), (keys >= 0).any(0)
-        return Blocks(queries[:, asked], keys[:, held], allowed[:, asked][:, :, held])
+        return recent_blocks(valid, query, self.sequence, window, history=history)
 
 
 def _concrete(device: torch.device | str) -> torch.device:
@@ -460,11 +408,3 @@ def _contiguous_sequences(sequence: Tensor, valid: Tensor | None) -> Tensor:
     if bool((kept.diff(dim=1) < 0).any()):
         raise LayoutError("sequence numbers must not fall along a row; number packed sequences in order.")
     return filled
-
-
-def _composite(group: Tensor, coords: Tensor) -> Tensor:
-    """Fold (group, a, b, c) into one integer with the same lexicographic order."""
-    key = group
-    for axis in coords.unbind(-1):
-        key = key * (int(axis.max()) + 1) + axis
-    return key

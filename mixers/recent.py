@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixers.interface import MixerState
-from mixers.layout import TokenLayout
+from mixers.interface import MixerState, Rotary
+from mixers.layout import Grid, TokenLayout
 from mixers.ops import block_attention
+from mixers.rotary import apply_rotary
 
 
 def recent_attention(
@@ -20,55 +21,37 @@ def recent_attention(
     *,
     window: int,
     scale: float,
-    text_only: bool,
+    rotary: Rotary | None = None,
+    grid_windows: tuple[Grid, bool] | None = None,
 ) -> Tensor:
     """Let tokens attend to the last ``window`` valid tokens of their sequence, themselves included.
 
     Args:
-        q: [B, N, H, P], rotated.
-        k: [B, N, G, P], rotated.
+        q: [B, N, H, P].
+        k: [B, N, G, P].
         v: [B, N, G, P].
         layout: Where the tokens stand.
         state: From :func:`init_recent`; holds the window - 1 tokens before these. Updated in place.
         window: Tokens looked at, at least 1.
         scale: Factor on query·key.
-        text_only: Whether vision tokens are only looked at and do not look themselves.
+        rotary: What q and k are rotated by first; None: not at all.
+        grid_windows: (size, shifted) of the 3-D windows inside which vision tokens look instead.
+            None: they look back as text does.
 
     Returns:
-        [B, N, H, P], zero where a token does not look.
+        [B, N, H, P], zero at padding.
     """
-    key_valid, history = None, 0
-    own_k, own_v = k, v
-    if state is not None:
-        history = window - 1
-        k, v = torch.cat([state["k"].to(k.dtype), k], dim=1), torch.cat([state["v"].to(v.dtype), v], dim=1)
-        slots = torch.arange(history, device=k.device)
-        earlier = slots >= history - state["seen"][:, None]
-        current = (
-            torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
-            if layout.valid is None
-            else layout.valid
-        )
-        key_valid = torch.cat([earlier, current], dim=1)
-    if state is not None and q.shape[1] == 1 and layout.clip is None:
-        assert key_valid is not None
-        seen = key_valid.clone()
-        seen[:, -1] = True
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=seen[:, None, None],
-            scale=scale,
-            enable_gqa=q.shape[2] != k.shape[2],
-        ).transpose(1, 2)
+    if state is None:
+        y = _attend(q, k, v, layout, 0, None, window, scale, rotary, grid_windows)
     else:
-        blocks = layout.recent(window, text_only=text_only, history=history)
-        y = torch.zeros_like(q)
-        if blocks is not None:
-            y = block_attention(q, k, v, blocks, scale=scale, key_valid=key_valid)
-    if state is not None:
-        _remember(state, own_k, own_v, layout.valid)
+        if q.shape[1] == 1 and rotary is not None:
+            q, k, rotary = apply_rotary(q, *rotary), apply_rotary(k, *rotary), None
+        all_k, all_v, key_valid = _with_history(state, k, v, layout.valid)
+        if q.shape[1] == 1 and layout.clip is None:
+            y = _attend_from_one(q, all_k, all_v, key_valid, scale)
+        else:
+            y = _attend(q, all_k, all_v, layout, window - 1, key_valid, window, scale, rotary, grid_windows)
+        _remember(state, k, v, layout.valid, rotary)
     return y
 
 
@@ -94,18 +77,71 @@ def init_recent(
     }
 
 
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    history: int,
+    key_valid: Tensor | None,
+    window: int,
+    scale: float,
+    rotary: Rotary | None,
+    grid_windows: tuple[Grid, bool] | None,
+) -> Tensor:
+    tables = [layout.recent(window, text_only=grid_windows is not None, history=history)]
+    if grid_windows is not None:
+        tables.append(layout.windows(*grid_windows, history=history))
+    blocks = [table for table in tables if table is not None]
+    return block_attention(q, k, v, blocks, scale=scale, key_valid=key_valid, rotary=rotary)
+
+
+def _attend_from_one(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor, scale: float) -> Tensor:
+    seen = key_valid.clone()
+    seen[:, -1] = True
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=seen[:, None, None],
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    ).transpose(1, 2)
+
+
+def _with_history(
+    state: MixerState, k: Tensor, v: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    history = state["k"].shape[1]
+    earlier = torch.arange(history, device=k.device) >= history - state["seen"][:, None]
+    current = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if valid is None else valid
+    all_k, all_v = (torch.cat([state[name].to(new.dtype), new], dim=1) for name, new in (("k", k), ("v", v)))
+    return all_k, all_v, torch.cat([earlier, current], dim=1)
+
+
 @torch.no_grad()
-def _remember(state: MixerState, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
-    slots = state["k"].shape[1]
-    newest = None
-    if valid is not None:
+def _remember(
+    state: MixerState, k: Tensor, v: Tensor, valid: Tensor | None, rotary: Rotary | None
+) -> None:
+    """Keep the newest valid tokens, their keys rotated."""
+    slots, length = state["k"].shape[1], k.shape[1]
+    state["seen"] += length if valid is None else valid.sum(1)
+    if not slots:
+        return
+    if valid is None:
+        newest = torch.arange(length, length + slots, device=k.device).expand(k.shape[0], -1)
+    else:
         kept = torch.ones(valid.shape[0], slots, dtype=torch.bool, device=valid.device)
-        newest = (
-            torch.cat([kept, valid], dim=1).long().argsort(dim=1, stable=True)[:, -slots:] if slots else None
-        )
-    for name, new in (("k", k), ("v", v)):
-        tokens = torch.cat([state[name], new.to(state[name].dtype)], dim=1)
-        if newest is not None:
-            tokens = tokens.gather(1, newest[..., None, None].expand(-1, -1, *tokens.shape[2:]))
-        state[name].copy_(tokens[:, tokens.shape[1] - slots :])
-    state["seen"] += k.shape[1] if valid is None else valid.sum(1)
+        newest = torch.cat([kept, valid], dim=1).long().argsort(dim=1, stable=True)[:, -slots:]
+    own = (newest - slots).clamp_min(0)
+
+    def taken(table: Tensor, at: Tensor) -> Tensor:
+        index = at[(..., *[None] * (table.ndim - 2))].expand(-1, -1, *table.shape[2:])
+        return table.expand(len(at), *table.shape[1:]).gather(1, index)
+
+    for name, table in (("k", k), ("v", v)):
+        new = taken(table, own)
+        if name == "k" and rotary is not None:
+            new = apply_rotary(new, *(taken(t, own) for t in rotary))
+        old = taken(state[name], newest.clamp_max(slots - 1))
+        state[name].copy_(torch.where((newest >= slots)[..., None, None], new.to(old.dtype), old))

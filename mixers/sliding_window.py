@@ -12,7 +12,6 @@ from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
 from mixers.layout import TokenLayout
 from mixers.recent import init_recent, recent_attention
 from mixers.registry import register
-from mixers.rotary import apply_rotary
 
 
 @dataclass(kw_only=True)
@@ -48,12 +47,10 @@ class SlidingWindow(TokenMixer):
         state: MixerState | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to recent tokens; see :meth:`TokenMixer.mix_heads`."""
-        if rotary is not None:
-            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        y = recent_attention(
-            q, k, v, layout, state, window=self.config.window, scale=self.scale, text_only=False
-        )
-        return y, None
+        window = self.config.window
+        return recent_attention(
+            q, k, v, layout, state, window=window, scale=self.scale, rotary=rotary
+        ), None
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None

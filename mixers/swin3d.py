@@ -13,7 +13,6 @@ from mixers.layout import TokenLayout
 from mixers.ops import block_attention
 from mixers.recent import init_recent, recent_attention
 from mixers.registry import register
-from mixers.rotary import apply_rotary
 
 
 @dataclass(kw_only=True)
@@ -65,21 +64,24 @@ class Swin3D(TokenMixer):
         state: MixerState | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend within windows; see :meth:`TokenMixer.mix_heads`."""
-        if rotary is not None:
-            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         shifted = self.config.shift and self.config.layer_idx % 2 == 1
-        windows = layout.windows(self.config.window, shifted)
-        y = None if windows is None else block_attention(q, k, v, windows, scale=self.scale)
-        if self.config.text_window == 0:
-            vision = layout.vision
-            covered = (
-                torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if vision is None else vision
+        if self.config.text_window:
+            y = recent_attention(
+                q,
+                k,
+                v,
+                layout,
+                state,
+                window=self.config.text_window,
+                scale=self.scale,
+                rotary=rotary,
+                grid_windows=(self.config.window, shifted),
             )
-            return torch.zeros_like(q) if y is None else y, covered
-        text = recent_attention(
-            q, k, v, layout, state, window=self.config.text_window, scale=self.scale, text_only=True
-        )
-        return text if y is None else text + y, None
+            return y, None
+        windows, covered = layout.windows(self.config.window, shifted), layout.vision
+        if windows is None or covered is None:
+            return torch.zeros_like(q), torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        return block_attention(q, k, v, windows, scale=self.scale, rotary=rotary), covered
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None

@@ -21,7 +21,7 @@ def dense_ssd(
 ) -> Tensor:
     """Both directions of the SSD scan as one masked matrix, for rows of one valid sequence.
 
-    Arguments are those of :func:`mixers.ops.ssd` with a decay per KV head; the final state is not returned.
+    Arguments are those of :func:`mixers.ops.ssd`; the final state is not returned.
     """
     step = torch.arange(c.shape[1], device=c.device)[None] if scan.order is None else scan.order
     row = torch.arange(c.shape[0], device=c.device)[:, None]
@@ -41,8 +41,10 @@ def dense_ssd(
         distance = before[:, None] - before[:, :, None]
         weight = weight + distance.masked_fill(~seen[..., None], -torch.inf).exp() * dt[:, None]
 
-    group = c.shape[2] // b.shape[2]
-    weight, b, x = (t.repeat_interleave(group, dim=dim) for t, dim in ((weight, 3), (b, 2), (x, 2)))
+    heads = c.shape[2]
+    weight, b, x = (
+        t.repeat_interleave(heads // t.shape[dim], dim=dim) for t, dim in ((weight, 3), (b, 2), (x, 2))
+    )
     mixing = torch.einsum("bihk,bjhk->bijh", c, b) * weight
     y = torch.einsum("bijh,bjhp->bihp", mixing, x)
     if denominator:
@@ -68,11 +70,15 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, scale: f
 
 def dense_conv(x: Tensor, weight: Tensor, *, scan: Scan) -> Tensor:
     """The short convolution, step by step and tap by tap, for one row."""
-    steps = range(x.shape[1])
-    order = list(steps) if scan.order is None else scan.order[0].tolist()
-    y = torch.zeros_like(x)
-    for step in steps:
-        for back in range(min(weight.shape[1], step + 1)):
-            if scan.run is None or scan.run[0, step] == scan.run[0, step - back]:
-                y[0, order[step]] += weight[:, -1 - back] * x[0, order[step - back]]
-    return y
+    order = list(range(x.shape[1])) if scan.order is None else scan.order[0].tolist()
+    run = [0] * len(order) if scan.run is None else scan.run[0].tolist()
+    y = [
+        sum(
+            weight[:, -1 - back] * x[0, order[step - back]]
+            for back in range(min(weight.shape[1], step + 1))
+            if run[step] == run[step - back]
+        )
+        for step in range(len(order))
+    ]
+    place = torch.tensor(order, device=x.device).argsort()
+    return torch.stack(y)[place][None]

@@ -25,18 +25,14 @@ def short_conv(
             of step 0. None: zeros.
 
     Returns:
-        [B, N, C] in token order.
+        [B, N, C] in token order, in x's dtype.
 
     Raises:
         ShapeError: The shapes do not fit each other.
     """
+    check(x, weight, history)
     batch, length, channels = x.shape
     taps = weight.shape[1]
-    if weight.shape[0] != channels or (history is not None and history.shape != (batch, taps - 1, channels)):
-        raise ShapeError(
-            f"weight must be [C, W] and history [B, W-1, C] for x {list(x.shape)}; found {list(weight.shape)} "
-            f"and {None if history is None else list(history.shape)}."
-        )
     order, inverse, run = (None, None, None) if scan is None else (scan.order, scan.inverse, scan.run)
     steps = x if order is None else x.gather(1, order[..., None].expand_as(x))
     if history is None:
@@ -51,4 +47,16 @@ def short_conv(
         if run is not None:
             tap = tap * (run[:, start : start + length] == run[:, taps - 1 :])[..., None]
         y = y + tap
+    y = y.to(x.dtype)
     return y if inverse is None else y.gather(1, inverse[..., None].expand_as(y))
+
+
+def check(x: Tensor, weight: Tensor, history: Tensor | None) -> None:
+    """Raise ShapeError unless the shapes of a short convolution fit each other."""
+    batch, _, channels = x.shape
+    taps = weight.shape[1]
+    if weight.shape[0] != channels or (history is not None and history.shape != (batch, taps - 1, channels)):
+        raise ShapeError(
+            f"weight must be [C, W] and history [B, W-1, C] for x {list(x.shape)}; found {list(weight.shape)} "
+            f"and {None if history is None else list(history.shape)}."
+        )

@@ -64,7 +64,7 @@ def ssd(
     """
     batch, length, heads, width = c.shape
     shape = (batch, decay[0].shape[-1], width, x.shape[-1] + denominator)
-    _check(c, b, x, decay, backward_decay, initial_state, shape)
+    check(c, b, x, decay, backward_decay, initial_state, shape)
     accumulate = torch.promote_types(x.dtype, torch.float32)
     state = torch.zeros(shape, device=c.device) if initial_state is None else initial_state
     state = state.to(accumulate)
@@ -122,7 +122,7 @@ def _table(t: Tensor | None, fill: bool | int, like: Tensor) -> Tensor:
     return torch.full(like.shape[:2], fill, device=like.device) if t is None else t
 
 
-def _check(
+def check(
     c: Tensor,
     b: Tensor,
     x: Tensor,

@@ -2,57 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixers.layout import Blocks
+from mixers.blocks import Blocks
+from mixers.rotary import apply_rotary
 
 BLOCK_TOKENS = 16384
 """Query slots that are gathered at a time, which bounds the scratch memory."""
 
 
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, scale: float, key_valid: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Blocks | Sequence[Blocks],
+    *,
+    scale: float,
+    key_valid: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Let each query of a block attend to the block's keys.
 
     Args:
-        q: [B, N, H, P], rotated.
-        k: [B, M, G, P], rotated; M = N plus the history the table was made for.
+        q: [B, N, H, P].
+        k: [B, M, G, P]; M = N plus the history the tables were made for. Query head h reads KV head
+            h // (H/G).
         v: [B, M, G, P].
-        blocks: Who looks at whom.
+        blocks: Who looks at whom. Several tables share no query.
         scale: Factor on query·key.
         key_valid: bool [B, M]; False keys are not looked at. None: all are valid.
+        rotary: (cos, sin), each [B or 1, N, R], of which the two halves along R are alike: what the
+            queries and the last N keys are rotated by first (rotate-half convention, the first R of P
+            channels). Earlier keys are rotated already. None: all are.
 
     Returns:
         [B, N, H, P], zero at tokens that are no block's query.
     """
+    if rotary is not None:
+        history = k.shape[1] - q.shape[1]
+        q = apply_rotary(q, *rotary)
+        k = torch.cat([k[:, :history], apply_rotary(k[:, history:], *rotary)], dim=1)
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
-    at_once = max(1, BLOCK_TOKENS // blocks.queries.shape[1])
     placed, outputs = [], []
-    for start in range(0, len(blocks.queries), at_once):
-        part = slice(start, start + at_once)
-        queries, keys = blocks.queries[part], blocks.keys[part]
-        seen = (keys >= 0)[:, None]
-        if blocks.allowed is not None:
-            seen = blocks.allowed[part]
+    for part in _parts([blocks] if isinstance(blocks, Blocks) else blocks):
+        seen = (part.keys >= 0)[:, None]
+        if part.allowed is not None:
+            seen = part.allowed
         if key_valid is not None:
-            seen = seen & key_valid.flatten()[keys.clamp_min(0)][:, None]
+            seen = seen & key_valid.flatten()[part.keys.clamp_min(0)][:, None]
         # A slot without a query may look anywhere, so that no softmax is over nothing.
-        seen = seen | (queries < 0)[..., None]
+        seen = seen | (part.queries < 0)[..., None]
         y = F.scaled_dot_product_attention(
-            flat_q[queries.clamp_min(0)].transpose(1, 2),
-            flat_k[keys.clamp_min(0)].transpose(1, 2),
-            flat_v[keys.clamp_min(0)].transpose(1, 2),
+            flat_q[part.queries.clamp_min(0)].transpose(1, 2),
+            flat_k[part.keys.clamp_min(0)].transpose(1, 2),
+            flat_v[part.keys.clamp_min(0)].transpose(1, 2),
             attn_mask=seen[:, None],
             scale=scale,
             enable_gqa=q.shape[2] != k.shape[2],
         ).transpose(1, 2)
-        used = queries >= 0
-        placed.append(queries[used])
+        used = part.queries >= 0
+        placed.append(part.queries[used].long())
         outputs.append(y[used])
     result = torch.zeros_like(flat_q)
     if placed:
         result = result.index_copy(0, torch.cat(placed), torch.cat(outputs).to(result.dtype))
     return result.view_as(q)
+
+
+def _parts(tables: Sequence[Blocks]) -> Iterator[Blocks]:
+    for blocks in tables:
+        at_once = max(1, BLOCK_TOKENS // blocks.queries.shape[1])
+        for start in range(0, len(blocks.queries), at_once):
+            yield blocks[start : start + at_once]

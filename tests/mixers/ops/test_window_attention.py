@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mixers.layout import Blocks
+from mixers.blocks import Blocks
 from mixers.ops import block_attention
 from tests.helpers import assert_close
 from tests.mixers.oracles import dense_attention, last_tokens, same_window
@@ -57,7 +57,7 @@ def test_last_tokens(rows: Rows, window: int, text_only: bool, heads: tuple[int,
 
 def test_keys_marked_invalid_are_not_looked_at() -> None:
     q, k, v = (torch.randn(1, 4, 2, 4) for _ in range(3))
-    blocks = Blocks(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0, 1, 2, 3]]), None)
+    blocks = Blocks(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0, 1, 2, 3]]))
     key_valid = torch.tensor([[True, False, True, True]])
     y = block_attention(q, k, v, blocks, scale=0.5, key_valid=key_valid)
     want = dense_attention(q, k, v, key_valid[:, None].expand(1, 4, 4), 0.5)

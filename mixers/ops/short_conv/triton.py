@@ -1,0 +1,194 @@
+"""The short convolution as Triton kernels: a program a tile of steps and channels, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixers.layout import Scan
+from mixers.ops import triton_support
+from mixers.ops.short_conv.reference import check
+
+TILES = 8
+"""Tiles of steps that one program of the backward pass sums the weight's gradient over."""
+
+
+def short_conv(
+    x: Tensor, weight: Tensor, *, scan: Scan | None = None, history: Tensor | None = None
+) -> Tensor:
+    """Convolve along the scan; see :func:`mixers.ops.short_conv.reference.short_conv`."""
+    check(x, weight, history)
+    order, run = (None, None) if scan is None else (scan.order, scan.run)
+    order, run = (None if t is None else t.contiguous() for t in (order, run))
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    history = None if history is None else history.contiguous()
+    return _short_conv(x, weight.contiguous(), order, run, history)
+
+
+@torch.library.custom_op("linmu::short_conv", mutates_args=())
+def _short_conv(
+    x: Tensor, weight: Tensor, order: Tensor | None, run: Tensor | None, history: Tensor | None
+) -> Tensor:
+    batch, length, channels = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    taps = weight.shape[1]
+    block_n, block_c = 32, _block_channels(channels, 128)
+    grid = (batch * triton.cdiv(length, block_n) * triton.cdiv(channels, block_c),)
+    with triton_support.on_device(x):
+        _forward[grid](
+            x, weight.t().contiguous(), order, run, history, y,
+            length, channels, x.stride(0), x.stride(1),
+            TAPS=taps, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=8,
+        )  # fmt: skip
+    return y
+
+
+@_short_conv.register_fake
+def _(
+    x: Tensor, weight: Tensor, order: Tensor | None, run: Tensor | None, history: Tensor | None
+) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("linmu::short_conv_backward", mutates_args=())
+def _short_conv_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, order: Tensor | None, run: Tensor | None, history: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, channels = x.shape
+    taps = weight.shape[1]
+    before = 0 if history is None else taps - 1
+    block_n, block_c = 32, _block_channels(channels, 64)
+    tiles = batch * triton.cdiv(length + before, block_n * TILES)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dhistory = torch.empty((batch, before, channels), dtype=x.dtype, device=x.device)
+    partial = torch.empty((tiles, taps, channels), dtype=torch.float32, device=x.device)
+    with triton_support.on_device(x):
+        _backward[(tiles * triton.cdiv(channels, block_c),)](
+            dy, x, weight.t().contiguous(), order, run, history, dx, dhistory, partial,
+            length, channels, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
+            TAPS=taps, TAPS2=triton.next_power_of_2(taps), BEFORE=before,
+            SPAN=block_n * TILES, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=8,
+        )  # fmt: skip
+    dweight = partial.sum(0).t().to(weight.dtype, memory_format=torch.contiguous_format)
+    return dx, dweight, dhistory if history is None else dhistory.to(history.dtype)
+
+
+@_short_conv_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, order: Tensor | None, run: Tensor | None, history: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dhistory = x.new_empty((len(x), 0, x.shape[2])) if history is None else torch.empty_like(history)
+    return x.new_empty(x.shape), torch.empty_like(weight), dhistory
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
+    x, weight, order, run, history = ctx.saved_tensors
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    dx, dweight, dhistory = _short_conv_backward(dy, x, weight, order, run, history)
+    return dx, dweight, None, None, None if history is None else dhistory
+
+
+_short_conv.register_autograd(_differentiate, setup_context=_save)
+
+
+def _block_channels(channels: int, most: int) -> int:
+    """Channels of a tile: rows of 128 bytes or more."""
+    return min(most, triton.next_power_of_2(channels))
+
+
+@triton.jit
+def _token(order, row, step, inside):
+    """Row of memory that holds each step."""
+    if order is None:
+        token = step
+    else:
+        token = tl.load(order + row + step, mask=inside, other=0)
+    return token.to(tl.int64)
+
+
+@triton.jit
+def _forward(
+    x, weight, order, run, history, y,
+    N, C, stride_b, stride_n,
+    TAPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    tiles_c, tiles_n = tl.cdiv(C, BLOCK_C), tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0) // tiles_c
+    channel = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    step = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    batch = (tile // tiles_n).to(tl.int64)
+    row = batch * N
+    real, live = channel < C, step < N
+    if run is not None:
+        own = tl.load(run + row + step, mask=live, other=0)
+    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for back in tl.static_range(TAPS):
+        other = step - back
+        inside = live & (other >= 0)
+        at = batch * stride_b + _token(order, row, other, inside) * stride_n
+        if run is not None and back > 0:
+            inside &= tl.load(run + row + other, mask=inside, other=0) == own
+        tap = tl.load(x + at[:, None] + channel, mask=inside[:, None] & real, other=0).to(tl.float32)
+        if history is not None and back > 0:
+            early = live & (other < 0)
+            if run is not None:
+                early &= tl.load(run + row) == own
+            slot = batch * (TAPS - 1) + TAPS - 1 + other
+            tap += tl.load(history + slot[:, None] * C + channel, mask=early[:, None] & real, other=0)
+        total += tap * tl.load(weight + (TAPS - 1 - back) * C + channel, mask=real, other=0).to(tl.float32)
+    at = (row + _token(order, row, step, live)) * C
+    tl.store(y + at[:, None] + channel, total.to(y.dtype.element_ty), mask=live[:, None] & real)
+
+
+@triton.jit
+def _backward(
+    dy, x, weight, order, run, history, dx, dhistory, partial,
+    N, C, stride_dyb, stride_dyn, stride_b, stride_n,
+    TAPS: tl.constexpr, TAPS2: tl.constexpr, BEFORE: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program a span of steps, which begin at -BEFORE, where the history stands."""
+    tiles_c, spans = tl.cdiv(C, BLOCK_C), tl.cdiv(N + BEFORE, SPAN)
+    span = tl.program_id(0) // tiles_c
+    channel = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = channel < C
+    batch = (span // spans).to(tl.int64)
+    row = batch * N
+    place = tl.arange(0, TAPS2)[:, None]
+    dweight = tl.zeros((TAPS2, BLOCK_C), tl.float32)
+    first = span % spans * SPAN - BEFORE
+    for start in range(first, tl.minimum(first + SPAN, N), BLOCK_N):
+        step = start + tl.arange(0, BLOCK_N)
+        live, here = step < N, (step >= 0) & (step < N)
+        if run is not None:
+            own = tl.load(run + row + tl.maximum(step, 0), mask=live, other=0)
+        token = _token(order, row, step, here)
+        at = batch * stride_b + token * stride_n
+        value = tl.load(x + at[:, None] + channel, mask=here[:, None] & real, other=0).to(tl.float32)
+        if history is not None:
+            early = (step < 0)[:, None] & real
+            slot = (batch * BEFORE + BEFORE + step) * C
+            value += tl.load(history + slot[:, None] + channel, mask=early, other=0).to(tl.float32)
+        total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+        for ahead in tl.static_range(TAPS):
+            other = step + ahead
+            inside = live & (other >= 0) & (other < N)
+            at = batch * stride_dyb + _token(order, row, other, inside) * stride_dyn
+            if run is not None and ahead > 0:
+                inside &= tl.load(run + row + other, mask=inside, other=0) == own
+            grad = tl.load(dy + at[:, None] + channel, mask=inside[:, None] & real, other=0).to(tl.float32)
+            tap = tl.load(weight + (TAPS - 1 - ahead) * C + channel, mask=real, other=0).to(tl.float32)
+            total += grad * tap
+            dweight += tl.where(place == TAPS - 1 - ahead, tl.sum(grad * value, 0)[None, :], 0)
+        at = (row + token) * C
+        tl.store(dx + at[:, None] + channel, total.to(dx.dtype.element_ty), mask=here[:, None] & real)
+        if history is not None:
+            tl.store(dhistory + slot[:, None] + channel, total.to(dhistory.dtype.element_ty), mask=early)
+    at = span.to(tl.int64) * TAPS * C
+    tl.store(partial + at + place * C + channel, dweight, mask=(place < TAPS) & real)

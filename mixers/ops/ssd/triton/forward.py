@@ -1,0 +1,267 @@
+"""The forward pass on the host: decays summed, states carried, chunks mixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from mixers.ops import triton_support
+from mixers.ops.ssd.chunks import DENOMINATOR_FLOOR
+from mixers.ops.ssd.triton.decays import sum_decays
+from mixers.ops.ssd.triton.launch import Cut, dots, forward_cut, padded
+from mixers.ops.ssd.triton.outputs import mix_chunks
+from mixers.ops.ssd.triton.states import carry_states, chunk_states
+
+LANES, STAGES = 128, 8
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the steps are, each [B, N] in reading order or None; see :class:`~mixers.layout.Scan`."""
+
+    order: Tensor | None
+    valid: Tensor | None
+    sequence: Tensor | None
+    vision: Tensor | None
+    extent: Tensor | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is scanned: c [B, N, H, K], b [B, N, G, K], x [B, N, G, P], decays each [B, N, E], and the tables.
+
+    ``decays`` is (log_a, dt), followed by the backward (log_a, dt) where vision is scanned both ways.
+    """
+
+    c: Tensor
+    b: Tensor
+    x: Tensor
+    decays: tuple[Tensor, ...]
+    tables: Tables
+    denominator: bool
+
+    def __post_init__(self) -> None:
+        for name in ("c", "b", "x"):
+            t = getattr(self, name)
+            object.__setattr__(self, name, t if t.stride(-1) == 1 else t.contiguous())
+
+    @property
+    def both(self) -> bool:
+        """Whether there is a backward direction."""
+        return len(self.decays) == 4
+
+    @property
+    def directions(self) -> int:
+        """1 or 2."""
+        return 1 + self.both
+
+    @property
+    def heads(self) -> int:
+        """Decays and states E."""
+        return self.decays[0].shape[2]
+
+    @property
+    def terms(self) -> int:
+        """Numbers kept of a running decay: sum and dt, and in fp32 what the sum lost."""
+        return 3 if self.x.dtype == torch.float32 else 2
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Running decays of the chunks of one cut; see :func:`sum_decays`."""
+
+    values: Tensor
+    ends: Tensor
+    chunks: int
+
+
+def sum_all_decays(inputs: Inputs, chunk: int) -> Sums:
+    """Sum the decays over chunks of a size."""
+    batch, length = inputs.c.shape[:2]
+    chunks, e, d = triton.cdiv(length, chunk), inputs.heads, inputs.directions
+    new = inputs.decays[0].new_empty
+    values = new((d, inputs.terms, batch, e, chunks * chunk), dtype=torch.float32)
+    ends = new((d, batch, e, chunks, 2), dtype=torch.float32)
+    log_a, dt, back_log_a, back_dt = (*inputs.decays, *inputs.decays)[:4]
+    tables = inputs.tables
+    sum_decays[(chunks, batch)](
+        log_a,
+        dt,
+        back_log_a,
+        back_dt,
+        values,
+        ends,
+        tables.order,
+        tables.valid,
+        tables.vision,
+        length,
+        chunks,
+        batch,
+        *log_a.stride(),
+        *dt.stride(),
+        *back_log_a.stride(),
+        *back_dt.stride(),
+        E=e,
+        BLOCK_E=triton.next_power_of_2(e),
+        Q=chunk,
+        TERMS=inputs.terms,
+        BOTH=inputs.both,
+    )
+    return Sums(values, ends, chunks)
+
+
+@dataclass(frozen=True)
+class States:
+    """States that enter the chunks: ``values`` [directions, B, E, chunks, K', P'], ``ones`` [.., K'] or empty,
+    ``keeps`` [directions, B, E, chunks] of each chunk, and the forward state after the last chunk."""
+
+    values: Tensor
+    ones: Tensor
+    keeps: Tensor
+    last: Tensor
+
+
+def carry(
+    added: Tensor,
+    added_ones: Tensor,
+    keeps: Tensor,
+    first: Tensor | None,
+    width: int,
+    columns: int,
+    denominator: bool,
+    flip: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Carry what chunks add from one to the next; return (entering, entering ones, last state)."""
+    d, batch, e, chunks, k, p = added.shape
+    last = keeps.new_empty(batch, e, width, columns + denominator)
+    entering, ones = torch.empty_like(added), torch.empty_like(added_ones)
+    for source, target, tile_p, values, column in (
+        (added, entering, p, columns, 0),
+        (added_ones, ones, 1, 1, columns),
+    ):
+        if source.numel():
+            lanes = min(LANES, k * tile_p)
+            carry_states[(d * batch * e * (k * tile_p // lanes),)](
+                source,
+                target,
+                keeps,
+                first,
+                last,
+                chunks,
+                batch,
+                E=e,
+                K=width,
+                P=values,
+                PADDED_K=k,
+                PADDED_P=tile_p,
+                FIRST_COLUMN=column,
+                COLUMNS=columns + denominator,
+                FLIP=flip,
+                LANES=lanes,
+                STAGES=STAGES,
+                num_warps=1,
+            )
+    return entering, ones, last
+
+
+def entering_states(inputs: Inputs, sums: Sums, cut: Cut, first: Tensor | None) -> States:
+    """Sum and carry the states of all chunks."""
+    c, b, x = inputs.c, inputs.b, inputs.x
+    batch, length, groups, width = b.shape
+    d, e, values, tables = inputs.directions, inputs.heads, x.shape[-1], inputs.tables
+    k, p = cut.block_k * cut.tiles_k, cut.block_p
+    added = x.new_empty(d, batch, e, sums.chunks, k, p)
+    added_ones = x.new_empty((d, batch, e, sums.chunks, k) if inputs.denominator else 0, dtype=torch.float32)
+    keeps = x.new_empty(d, batch, e, sums.chunks, dtype=torch.float32)
+    small = x.dtype == torch.float32
+    block_k, block_p = min(k, 32 if small else 128), min(p, 32 if small else 128)
+    tiles_k, tiles_p = k // block_k, p // block_p
+    chunk_states[(batch * sums.chunks * e * tiles_k * tiles_p,)](
+        b,
+        x,
+        added,
+        added_ones,
+        keeps,
+        sums.values,
+        sums.ends,
+        tables.order,
+        tables.sequence,
+        tables.extent,
+        length,
+        sums.chunks,
+        batch,
+        *b.stride()[:3],
+        *x.stride()[:3],
+        G=groups,
+        E=e,
+        K=width,
+        P=values,
+        Q=cut.chunk,
+        BLOCK_K=block_k,
+        BLOCK_P=block_p,
+        TILES_K=tiles_k,
+        TILES_P=tiles_p,
+        BOTH=inputs.both,
+        DENOMINATOR=inputs.denominator,
+        TERMS=inputs.terms,
+        num_warps=8 if block_k * block_p > 64 * 64 else 4,
+        **dots(x),
+    )
+    entering, ones, last = carry(
+        added, added_ones, keeps, first, width, values, inputs.denominator, flip=False
+    )
+    return States(entering, ones, keeps, last)
+
+
+def scan_forward(inputs: Inputs, first: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y [B, N, H, P], the last state [B, E, K, P (+1)] in fp32, and the denominators [B, N, H] or empty."""
+    c, b, x, tables = inputs.c, inputs.b, inputs.x, inputs.tables
+    batch, length, heads, width = c.shape
+    groups, values = x.shape[2:]
+    with triton_support.on_device(c):
+        cut = forward_cut(width, values, heads // inputs.heads, x.dtype, x.device)
+        sums = sum_all_decays(inputs, cut.chunk)
+        states = entering_states(inputs, sums, cut, first)
+        y = x.new_empty(batch, length, heads, values)
+        denominators = x.new_empty((batch, length, heads) if inputs.denominator else 0, dtype=torch.float32)
+        mix_chunks[(batch * sums.chunks * inputs.heads,)](
+            c,
+            b,
+            x,
+            y,
+            denominators,
+            states.values,
+            states.ones,
+            sums.values,
+            sums.ends,
+            tables.order,
+            tables.sequence,
+            tables.extent,
+            tables.vision,
+            length,
+            sums.chunks,
+            batch,
+            *c.stride()[:3],
+            *b.stride()[:3],
+            *x.stride()[:3],
+            DENOMINATOR_FLOOR,
+            H=heads,
+            G=groups,
+            E=inputs.heads,
+            K=width,
+            P=values,
+            Q=cut.chunk,
+            BLOCK_K=cut.block_k,
+            BLOCK_P=cut.block_p,
+            TILES_K=cut.tiles_k,
+            BOTH=inputs.both,
+            DENOMINATOR=inputs.denominator,
+            TERMS=inputs.terms,
+            STAGES=cut.stages,
+            num_warps=cut.warps,
+            **dots(x),
+        )
+    return y, states.last, denominators

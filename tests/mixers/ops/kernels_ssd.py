@@ -1,0 +1,50 @@
+"""Launches of the SSD kernels to compile: one of each kind that users meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from mixers import TokenLayout
+
+
+def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for dtype, heads, groups, width, values, decays, denominator, both in (
+        (torch.bfloat16, 28, 4, 128, 128, 4, False, True),
+        (torch.bfloat16, 28, 4, 128, 128, 28, False, True),
+        (torch.bfloat16, 28, 4, 256, 128, 4, True, True),
+        (torch.bfloat16, 28, 4, 128, 128, 4, False, False),
+        (torch.float16, 6, 2, 64, 96, 2, True, True),
+        (torch.bfloat16, 4, 4, 16, 32, 4, False, True),
+        (torch.float32, 4, 2, 128, 64, 2, True, True),
+    ):
+        name = f"{dtype} H={heads} G={groups} K={width} P={values} E={decays}"
+        yield name, _call(dtype, heads, groups, width, values, decays, denominator, both)
+
+
+def _call(
+    dtype: torch.dtype,
+    heads: int,
+    groups: int,
+    width: int,
+    values: int,
+    decays: int,
+    denominator: bool,
+    both: bool,
+) -> Callable[[], Any]:
+    def call() -> None:
+        from mixers.ops.ssd.triton.forward import Inputs, Tables, scan_forward
+
+        layout = TokenLayout.from_grids(300, [[(8, (4, 8, 8))]])
+        scan = layout.scan("wht")
+        shape = (1, 300)
+        c = torch.zeros(*shape, heads, width, dtype=dtype)
+        b = torch.zeros(*shape, groups, width, dtype=dtype)
+        x = torch.zeros(*shape, groups, values, dtype=dtype)
+        decay = tuple(torch.zeros(*shape, decays) for _ in range(4 if both else 2))
+        tables = Tables(scan.order, scan.valid, scan.sequence, scan.vision, scan.extent)
+        scan_forward(Inputs(c, b, x, decay, tables, denominator), None)
+
+    return call
