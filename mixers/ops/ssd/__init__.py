@@ -1,10 +1,38 @@
-"""State space duality: the masked scan in one or both directions, and its one-token step."""
+"""State space duality: the masked scan in one or both directions."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mixers.ops import triton_support
 from mixers.ops.dispatch import Op
 from mixers.ops.ssd import reference
 
-ssd = Op("ssd")
-ssd.backend("reference")(reference.ssd)
+WIDEST_STATE, WIDEST_HEAD = 256, 128
 
-ssd_step = Op("ssd_step")
-ssd_step.backend("reference")(reference.ssd_step)
+ssd = Op("ssd")
+
+
+def _unsupported(c: Tensor, b: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    if c.shape[-1] > WIDEST_STATE or x.shape[-1] > WIDEST_HEAD:
+        return (
+            f"its states are at most {WIDEST_STATE} by {WIDEST_HEAD} (K by P), found {c.shape[-1]} by {x.shape[-1]}"
+        )
+    return triton_support.off_device(c, b, x)
+
+
+@ssd.backend(
+    "triton",
+    unavailable=triton_support.unavailable,
+    unsupported=_unsupported,
+    hesitates=triton_support.hesitates,
+)
+def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    from mixers.ops.ssd import triton
+
+    return triton.ssd(*args, **kwargs)
+
+
+ssd.backend("reference")(reference.ssd)

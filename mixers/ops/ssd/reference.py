@@ -7,13 +7,12 @@ the attention that they come from, extended by LinMU's second direction (arXiv 2
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from mixers.errors import ShapeError
 from mixers.layout import Scan
-from mixers.ops.ssd.blocks import Plan, scan_blocks, without_autocast
-from mixers.ops.ssd.chunks import Cut, Tables, divided, with_ones
+from mixers.ops.ssd.blocks import Plan, scan_blocks
+from mixers.ops.ssd.chunks import Cut, Tables
 
 CHUNKS_PER_BLOCK = 32
 
@@ -82,36 +81,6 @@ def ssd(
     plan = Plan(scan.order, tables, chunk * CHUNKS_PER_BLOCK, Cut(chunk, denominator, accumulate), both)
     backward = backward_decay if both and backward_decay is not None else ()
     return scan_blocks(plan, state, (c, b, x, *decay, *backward))
-
-
-def ssd_step(
-    c: Tensor, b: Tensor, x: Tensor, decay: Decay, state: Tensor, *, denominator: bool = False
-) -> Tensor:
-    """Advance the forward scan by one text token, updating ``state`` in place.
-
-    Args:
-        c: [B, H, K].
-        b: [B, G, K].
-        x: [B, G, P].
-        decay: (log_a, dt), each [B, E].
-        state: [B, E, K, P (+1)], as :func:`ssd` returns it.
-        denominator: As for :func:`ssd`.
-
-    Returns:
-        y [B, H, P] in x's dtype.
-    """
-    dtype = x.dtype
-    log_a, dt = (t.to(state.dtype) for t in decay)
-    heads = state.shape[1]
-    b, x = (
-        t.to(state.dtype).repeat_interleave(heads // t.shape[1], dim=1)
-        for t in (b, with_ones(x, denominator))
-    )
-    state.mul_(log_a.exp()[..., None, None]).add_((dt[..., None] * b)[..., None] * x[:, :, None])
-    grouped = rearrange(c.to(state.dtype), "b (e r) k -> b e r k", e=heads)
-    with without_autocast(c.device):
-        y = rearrange(grouped @ state, "b e r p -> b (e r) p")
-    return divided(y, denominator).to(dtype)
 
 
 def _ceil_div(a: int, b: int) -> int:

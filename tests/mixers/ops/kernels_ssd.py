@@ -35,6 +35,7 @@ def _call(
     both: bool,
 ) -> Callable[[], Any]:
     def call() -> None:
+        from mixers.ops.ssd.triton.backward import scan_backward
         from mixers.ops.ssd.triton.forward import Inputs, Tables, scan_forward
 
         layout = TokenLayout.from_grids(300, [[(8, (4, 8, 8))]])
@@ -45,6 +46,9 @@ def _call(
         x = torch.zeros(*shape, groups, values, dtype=dtype)
         decay = tuple(torch.zeros(*shape, decays) for _ in range(4 if both else 2))
         tables = Tables(scan.order, scan.valid, scan.sequence, scan.vision, scan.extent)
-        scan_forward(Inputs(c, b, x, decay, tables, denominator), None)
+        inputs = Inputs(c, b, x, decay, tables, denominator)
+        first = torch.zeros(1, decays, width, values + denominator)
+        y, last, denominators = scan_forward(inputs, first)
+        scan_backward(inputs, first, y, denominators, torch.zeros_like(y), last)
 
     return call

@@ -2,7 +2,136 @@
 
 A chunk's C·Bᵀ is formed once and used by both directions; the query heads of a group share B, X, the decays
 and the states; the scan order is an index at loads and stores. The states that enter the chunks are summed
-by two small passes before, and recomputed for the backward.
+by small passes before, and again in the backward, which keeps the inputs alone. Nothing is added atomically:
+the same inputs give the same bits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixers.layout import Scan
+from mixers.ops.ssd.reference import Decay, check
+from mixers.ops.ssd.triton.backward import scan_backward
+from mixers.ops.ssd.triton.forward import Inputs, Tables, scan_forward
+
+
+def ssd(
+    c: Tensor,
+    b: Tensor,
+    x: Tensor,
+    decay: Decay,
+    backward_decay: Decay | None = None,
+    *,
+    scan: Scan | None = None,
+    denominator: bool = False,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Scan as :func:`mixers.ops.ssd.reference.ssd` does; the chunk is chosen by shape and chip instead."""
+    batch, length, heads, width = c.shape
+    shape = (batch, decay[0].shape[-1], width, x.shape[-1] + denominator)
+    check(c, b, x, decay, backward_decay, initial_state, shape)
+    if initial_state is not None:
+        initial_state = initial_state.float()
+    if not length or not batch:
+        state = x.new_zeros(shape, dtype=torch.float32) if initial_state is None else initial_state
+        return x.new_zeros(batch, length, heads, x.shape[-1]), state
+    scan = scan or Scan(None, None, None, None, None, None, None)
+    both = backward_decay is not None and scan.vision is not None
+    decays = [*decay, *backward_decay] if both and backward_decay is not None else [*decay]
+    dtype = torch.promote_types(torch.promote_types(c.dtype, b.dtype), x.dtype)
+    tables = (scan.order, scan.valid, scan.sequence, scan.vision, scan.extent)
+    y, state, _ = _ssd(c.to(dtype), b.to(dtype), x.to(dtype), decays, *tables, initial_state, denominator)
+    return y.to(x.dtype), state
+
+
+@torch.library.custom_op("linmu::ssd", mutates_args=())
+def _ssd(
+    c: Tensor,
+    b: Tensor,
+    x: Tensor,
+    decays: Sequence[Tensor],
+    order: Tensor | None,
+    valid: Tensor | None,
+    sequence: Tensor | None,
+    vision: Tensor | None,
+    extent: Tensor | None,
+    first: Tensor | None,
+    denominator: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tables = Tables(order, valid, sequence, vision, extent)
+    return scan_forward(Inputs(c, b, x, tuple(decays), tables, denominator), first)
+
+
+@_ssd.register_fake
+def _(
+    c: Tensor, b: Tensor, x: Tensor, decays: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, heads, width = c.shape
+    denominator = rest[-1]
+    last = (batch, decays[0].shape[2], width, x.shape[3] + denominator)
+    return (
+        x.new_empty(batch, length, heads, x.shape[3]),
+        x.new_empty(last, dtype=torch.float32),
+        x.new_empty((batch, length, heads) if denominator else 0, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("linmu::ssd_backward", mutates_args=())
+def _ssd_backward(
+    c: Tensor,
+    b: Tensor,
+    x: Tensor,
+    decays: Sequence[Tensor],
+    order: Tensor | None,
+    valid: Tensor | None,
+    sequence: Tensor | None,
+    vision: Tensor | None,
+    extent: Tensor | None,
+    first: Tensor | None,
+    denominator: bool,
+    y: Tensor,
+    denominators: Tensor,
+    grad_y: Tensor,
+    grad_last: Tensor,
+) -> list[Tensor]:
+    inputs = Inputs(
+        c, b, x, tuple(decays), Tables(order, valid, sequence, vision, extent), denominator
+    )
+    grads, grad_first = scan_backward(inputs, first, y, denominators, grad_y, grad_last)
+    return [*grads, grad_first]
+
+
+@_ssd_backward.register_fake
+def _(c: Tensor, b: Tensor, x: Tensor, decays: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    grad_last = rest[-1]
+    return [*(t.new_empty(t.shape) for t in (c, b, x, *decays)), grad_last.new_empty(grad_last.shape)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    c, b, x, decays, *tables, first, denominator = inputs
+    y, last, denominators = output
+    ctx.denominator, ctx.decays, ctx.starts = denominator, len(decays), first is not None
+    ctx.last = last.shape
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(c, b, x, *decays, *tables, first, y, denominators)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    c, b, x, *rest = ctx.saved_tensors
+    decays, (*tables, first, y, denominators) = rest[: ctx.decays], rest[ctx.decays :]
+    grad_y = torch.zeros_like(y) if grad_y is None else grad_y.contiguous()
+    grad_last = x.new_zeros(ctx.last, dtype=torch.float32) if grad_last is None else grad_last.contiguous()
+    grads = _ssd_backward(
+        c, b, x, decays, *tables, first, ctx.denominator, y, denominators, grad_y, grad_last
+    )
+    grad_first = grads[-1] if ctx.starts else None
+    return (*grads[:3], grads[3:-1], None, None, None, None, None, grad_first, None)
+
+
+_ssd.register_autograd(_backward, setup_context=_save)

@@ -11,9 +11,6 @@ from torch import Tensor
 
 from mixers.ops import triton_support
 
-WIDEST_P = 128
-WIDEST_K = 512
-
 DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -50,11 +47,11 @@ def forward_cut(width: int, values: int, sharing: int, dtype: torch.dtype, devic
         block = min(k, 32)
         return Cut(32, block, k // block, p, 4, 1)
     for chunk, block, warps, stages in (
-        (128, k, 8, 2 if sharing > 1 else 1),
-        (128, 64, 8, 2),
-        (64, k, 4, 2 if sharing > 1 else 1),
-        (64, 64, 4, 2),
-        (64, 32, 4, 2),
+        (128, k, 8, 3 if sharing > 1 else 1),
+        (128, 64, 8, 3),
+        (64, k, 4, 3 if sharing > 1 else 1),
+        (64, 64, 4, 3),
+        (64, 32, 4, 3),
     ):
         block = min(block, k)
         fixed, loaded = chunk * p, chunk * block
@@ -62,9 +59,19 @@ def forward_cut(width: int, values: int, sharing: int, dtype: torch.dtype, devic
             fixed += chunk * k + 2 * k * p
         else:
             loaded += chunk * block + 2 * block * p
-        if dtype.itemsize * (fixed + stages * loaded) <= room - 4096:
+        if dtype.itemsize * (fixed + max(1, stages - 1) * loaded) <= room - 2048:
             return Cut(chunk, block, k // block, p, warps, stages)
     return Cut(32, min(k, 32), k // min(k, 32), p, 4, 1)
+
+
+def backward_cut(width: int, values: int, dtype: torch.dtype, device: torch.device) -> Cut:
+    """Choose how the backward pass is cut for K = ``width`` and P = ``values``."""
+    k, p = padded(width), padded(values)
+    if dtype == torch.float32:
+        block = min(k, 32)
+        return Cut(32, block, k // block, p, 4, 1)
+    block = min(k, 64)
+    return Cut(64, block, k // block, p, 4, 3)
 
 
 def dots(t: Tensor) -> dict[str, object]:

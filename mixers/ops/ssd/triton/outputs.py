@@ -7,30 +7,35 @@ from mixers.ops.ssd.triton.decays import at_steps, chunk_end, running, tokens_at
 
 
 @triton.jit
-def pair_weights(
+def pair_decays(
     sums, row, head, rows, columns, same_sequence, same_clip, B, E, padded, TERMS: tl.constexpr, BOTH: tl.constexpr
 ):
-    """Return what token ``columns[j]`` weighs in token ``rows[i]``, [I, J], with the masks of both directions."""
+    """Return what is left of token ``columns[j]`` at token ``rows[i]``, [I, J]: the decay between them, or 0."""
     total = running(sums, 0, 0, row, head, rows, B, E, padded, TERMS)
-    total_j = running(sums, 0, 0, row, head, columns, B, E, padded, TERMS)
-    dt = running(sums, 0, 1, row, head, columns, B, E, padded, TERMS)[None]
-    gap = total[:, None] - total_j[None]
+    gap = total[:, None] - running(sums, 0, 0, row, head, columns, B, E, padded, TERMS)[None]
     if TERMS == 3:
         low = running(sums, 0, 2, row, head, rows, B, E, padded, TERMS)
         gap += low[:, None] - running(sums, 0, 2, row, head, columns, B, E, padded, TERMS)[None]
     seen = same_sequence
     if BOTH:
-        past = columns[None] <= rows[:, None]
         back = running(sums, 1, 0, row, head, rows, B, E, padded, TERMS)
-        back_j = running(sums, 1, 0, row, head, columns, B, E, padded, TERMS)
-        back_gap = back_j[None] - back[:, None]
+        back_gap = running(sums, 1, 0, row, head, columns, B, E, padded, TERMS)[None] - back[:, None]
         if TERMS == 3:
             low = running(sums, 1, 2, row, head, rows, B, E, padded, TERMS)
             back_gap += running(sums, 1, 2, row, head, columns, B, E, padded, TERMS)[None] - low[:, None]
-        gap = tl.where(past, gap, back_gap)
-        dt = tl.where(past, dt, running(sums, 1, 1, row, head, columns, B, E, padded, TERMS)[None])
+        gap = tl.where(columns[None] <= rows[:, None], gap, back_gap)
         seen = same_sequence | same_clip
-    return tl.exp2(tl.where(seen, gap, float("-inf"))) * dt
+    return tl.exp2(tl.where(seen, gap, float("-inf")))
+
+
+@triton.jit
+def pair_dts(sums, row, head, rows, columns, B, E, padded, TERMS: tl.constexpr, BOTH: tl.constexpr):
+    """Return the step size dt of ``columns[j]`` in the direction in which ``rows[i]`` sees it, [I, J] or [1, J]."""
+    dt = running(sums, 0, 1, row, head, columns, B, E, padded, TERMS)[None]
+    if BOTH:
+        back_dt = running(sums, 1, 1, row, head, columns, B, E, padded, TERMS)[None]
+        dt = tl.where(columns[None] <= rows[:, None], dt, back_dt)
+    return dt
 
 
 @triton.jit
@@ -148,7 +153,8 @@ def mix_chunks(
         other=0,
     ).to(DOT)
     same_sequence, same_clip = pair_masks(sequence, extent, vision, row, steps, steps, length, BOTH)
-    weight = pair_weights(sums, row, decay, steps, steps, same_sequence, same_clip, B, E, padded, TERMS, BOTH)
+    weight = pair_decays(sums, row, decay, steps, steps, same_sequence, same_clip, B, E, padded, TERMS, BOTH)
+    weight *= pair_dts(sums, row, decay, steps, steps, B, E, padded, TERMS, BOTH)
     meets = meets_state(sequence, extent, vision, 0, row, steps, chunk, Q, length)
     left = reach(sums, ends, 0, row, decay, steps, chunk, meets, B, E, chunks, padded, TERMS)
     at = tl.cast((row * E + decay) * chunks + chunk, tl.int64)
@@ -176,43 +182,53 @@ def mix_chunks(
         total = tl.zeros([Q, 16], tl.float32)
         if KEPT:
             query = tl.load(queries + r * c_head, mask=inside[:, None] & (ks < K)[None], other=0).to(DOT)
-            scores = tl.dot(query, key, input_precision=PRECISION)
+            scores = tl.dot(query, key, input_precision=PRECISION) * weight
+            if DENOMINATOR:
+                divisor = tl.sum(scores, 1)
+            weighed = scores.to(DOT)
+            if BOTH:
+                mixed = tl.dot(query, back_state, input_precision=PRECISION) * right[:, None]
+                if DENOMINATOR:
+                    total = tl.dot(query, back_one, input_precision=PRECISION) * right[:, None]
             reached = (query.to(tl.float32) * left[:, None]).to(DOT)
             mixed = tl.dot(reached, state, mixed, input_precision=PRECISION)
             if DENOMINATOR:
                 total = tl.dot(reached, one, total, input_precision=PRECISION)
-            if BOTH:
-                reached = (query.to(tl.float32) * right[:, None]).to(DOT)
-                mixed = tl.dot(reached, back_state, mixed, input_precision=PRECISION)
-                if DENOMINATOR:
-                    total = tl.dot(reached, back_one, total, input_precision=PRECISION)
         else:
             scores = tl.zeros([Q, Q], tl.float32)
+            if BOTH:
+                for some in tl.range(0, PADDED_K, BLOCK_K, num_stages=STAGES):
+                    query = tl.load(
+                        queries + r * c_head + some, mask=inside[:, None] & (some + ks < K)[None], other=0
+                    ).to(DOT)
+                    state = tl.load(state_tile + other * size + some * BLOCK_P).to(DOT)
+                    mixed = tl.dot(query, state, mixed, input_precision=PRECISION)
+                    if DENOMINATOR:
+                        one = tl.load(ones_tile + other * PADDED_K + some)
+                        one = tl.where(ones_column[None], one[:, None], 0.0).to(DOT)
+                        total = tl.dot(query, one, total, input_precision=PRECISION)
+                mixed *= right[:, None]
+                total *= right[:, None]
             for some in tl.range(0, PADDED_K, BLOCK_K, num_stages=STAGES):
                 query = tl.load(
                     queries + r * c_head + some, mask=inside[:, None] & (some + ks < K)[None], other=0
                 ).to(DOT)
                 key = tl.load(keys + some, mask=inside[None] & (some + ks < K)[:, None], other=0).to(DOT)
                 scores = tl.dot(query, key, scores, input_precision=PRECISION)
-                reached = (query.to(tl.float32) * left[:, None]).to(DOT)
                 state = tl.load(state_tile + some * BLOCK_P).to(DOT)
+                reached = (query.to(tl.float32) * left[:, None]).to(DOT)
                 mixed = tl.dot(reached, state, mixed, input_precision=PRECISION)
                 if DENOMINATOR:
                     one = tl.where(ones_column[None], tl.load(ones_tile + some)[:, None], 0.0).to(DOT)
                     total = tl.dot(reached, one, total, input_precision=PRECISION)
-                if BOTH:
-                    reached = (query.to(tl.float32) * right[:, None]).to(DOT)
-                    state = tl.load(state_tile + other * size + some * BLOCK_P).to(DOT)
-                    mixed = tl.dot(reached, state, mixed, input_precision=PRECISION)
-                    if DENOMINATOR:
-                        one = tl.load(ones_tile + other * PADDED_K + some)
-                        one = tl.where(ones_column[None], one[:, None], 0.0).to(DOT)
-                        total = tl.dot(reached, one, total, input_precision=PRECISION)
-        scores *= weight
-        mixed = tl.dot(scores.to(DOT), value, mixed, input_precision=PRECISION)
+            scores *= weight
+            if DENOMINATOR:
+                divisor = tl.sum(scores, 1)
+            weighed = scores.to(DOT)
+        mixed = tl.dot(weighed, value, mixed, input_precision=PRECISION)
         place = (row.to(tl.int64) * length + tokens) * H + decay * R + r
         if DENOMINATOR:
-            divisor = tl.sum(scores, 1) + tl.sum(total, 1)
+            divisor += tl.sum(total, 1)
             mixed /= tl.maximum(divisor, floor)[:, None]
             tl.store(denominators + place, divisor, mask=inside)
         tl.store(

@@ -6,6 +6,46 @@ import triton.language as tl
 from mixers.ops.ssd.triton.decays import at_steps, chunk_end, running, tokens_at
 
 
+@triton.jit
+def leaving(
+    sums,
+    ends,
+    direction: tl.constexpr,
+    row,
+    head,
+    steps,
+    chunk,
+    table,
+    Q: tl.constexpr,
+    length,
+    B,
+    E,
+    chunks,
+    padded,
+    TERMS: tl.constexpr,
+):
+    """Return what is left of each step of a chunk in the state that leaves it, and the step's dt, [Q] each.
+
+    ``table`` is the sequence in direction 0 and the extent in direction 1; other segments leave nothing.
+    """
+    total = running(sums, direction, 0, row, head, steps, B, E, padded, TERMS)
+    if direction == 0:
+        edge = at_steps(table, row, chunk * Q + Q - 1, length, 0)
+        end, end_low = chunk_end(ends, 0, row, head, chunk, B, E, chunks, TERMS == 3)
+        gap = end - total
+        if TERMS == 3:
+            gap += end_low - running(sums, 0, 2, row, head, steps, B, E, padded, TERMS)
+        of = at_steps(table, row, steps, length, 0)
+    else:
+        edge = at_steps(table, row, chunk * Q, length, -1)
+        gap = total
+        if TERMS == 3:
+            gap += running(sums, 1, 2, row, head, steps, B, E, padded, TERMS)
+        of = at_steps(table, row, steps, length, -1)
+    left = tl.exp2(tl.where(of == edge, gap, float("-inf")))
+    return left, running(sums, direction, 1, row, head, steps, B, E, padded, TERMS)
+
+
 @triton.jit(do_not_specialize=["length", "chunks", "B"])
 def chunk_states(
     b,
@@ -47,7 +87,6 @@ def chunk_states(
     ``added`` is [directions, B, E, chunks, K', P'] and ``added_ones``, the denominator's, [.., K'], padded to
     whole tiles; ``keeps`` is [directions, B, E, chunks]: what is kept of the state that enters.
     """
-    EXACT: tl.constexpr = TERMS == 3
     pid = tl.program_id(0)
     tile_p, tile_k = pid % TILES_P, pid // TILES_P % TILES_K
     pid = pid // (TILES_P * TILES_K)
@@ -73,26 +112,24 @@ def chunk_states(
     padded = chunks * Q
     for direction in tl.static_range(2 if BOTH else 1):
         if direction == 0:
-            table = at_steps(sequence, row, steps, length, 0)
             edge = at_steps(sequence, row, chunk * Q + Q - 1, length, 0)
             other = at_steps(sequence, row, tl.maximum(chunk * Q - 1, 0), length, 0)
+            left, dt = leaving(
+                sums, ends, 0, row, head, steps, chunk, sequence, Q, length, B, E, chunks, padded, TERMS
+            )
         else:
-            table = at_steps(extent, row, steps, length, -1)
             edge = at_steps(extent, row, chunk * Q, length, -1)
             other = at_steps(extent, row, chunk * Q + Q, length, -1)
             other = tl.where(chunk * Q + Q < length, other, -1)
-        total = running(sums, direction, 0, row, head, steps, B, E, padded, TERMS)
-        dt = running(sums, direction, 1, row, head, steps, B, E, padded, TERMS)
-        end, end_low = chunk_end(ends, direction, row, head, chunk, B, E, chunks, EXACT)
-        gap = end - total if direction == 0 else total
-        if EXACT:
-            low = running(sums, direction, 2, row, head, steps, B, E, padded, TERMS)
-            gap += end_low - low if direction == 0 else low
-        weight = tl.exp2(tl.where(table == edge, gap, float("-inf"))) * dt
+            left, dt = leaving(
+                sums, ends, 1, row, head, steps, chunk, extent, Q, length, B, E, chunks, padded, TERMS
+            )
+        weight = left * dt
         at = tl.cast(((direction * B + row) * E + head) * chunks + chunk, tl.int64)
         if tile_p == 0:
             if tile_k == 0:
-                tl.store(keeps + at, tl.where(edge == other, tl.exp2(end + end_low), 0.0))
+                end, low = chunk_end(ends, direction, row, head, chunk, B, E, chunks, TERMS == 3)
+                tl.store(keeps + at, tl.where(edge == other, tl.exp2(end + low), 0.0))
             if DENOMINATOR:
                 ones = tl.sum(keys.to(tl.float32) * weight[:, None], 0)
                 tl.store(added_ones + at * (TILES_K * BLOCK_K) + ks, ones)
