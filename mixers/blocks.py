@@ -23,8 +23,8 @@ class Blocks:
         stop: int32 [M, Q]: one more than the last key slot that a query looks at; None likewise.
         count: How many slots of ``queries`` are filled, where that is known.
         transposed: The same pairs with the roles exchanged, its ``queries`` being every key that some
-            query looks at. What the gradients of keys are computed by; where ``first`` is given it is
-            there only in tables made while gradients were enabled.
+            query looks at. Gradients of keys are computed by it; where ``first`` is given, only a
+            table made while gradients were enabled has it.
     """
 
     queries: Tensor
@@ -79,11 +79,10 @@ def window_blocks(
     members = torch.full((len(count), int(count.max())), -1, device=tokens.device)
     members[window[by_window], place] = tokens[by_window]
     queries = _narrow(members, shape[0] * shape[1])
-    if not history:
-        return Blocks(queries, queries, count=len(tokens))
     later = members + (members // shape[1] + 1) * history
-    keys = _narrow(later.masked_fill(members < 0, -1), shape[0] * (history + shape[1]))
-    return Blocks(queries, keys, count=len(tokens))
+    keys = _narrow(later.masked_fill(members < 0, -1), shape[0] * (history + shape[1])) if history else queries
+    transposed = Blocks(keys, queries, count=len(tokens))
+    return Blocks(queries, keys, count=len(tokens), transposed=transposed)
 
 
 def recent_blocks(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mixers.errors import ConfigError, near
 from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
 from mixers.layout import TokenLayout
+from mixers.ops import weighted_sum
 from mixers.registry import get, register
 
 SHARED_FIELDS = frozenset({"dim", "num_heads", "num_kv_heads", "head_dim", "qkv_bias", "out_bias"})
@@ -106,13 +107,16 @@ class Gated(TokenMixer):
     def mix(self, x: Tensor, layout: TokenLayout, rotary: Rotary | None, state: MixerState | None) -> Tensor:
         """Project, mix and gate; see :meth:`TokenMixer.mix`."""
         shared = self.project(x) if self.config.share_projections else None
-        mixed = self._gated_branches(x, shared, layout, rotary, state)
+        outputs, weights = self._branches(x, shared, layout, rotary, state)
         if shared is not None:
-            return self.o_proj(_total(y for _, y in mixed).flatten(2))
-        total = _total(self.branches[name].o_proj(y.flatten(2)) for name, y in mixed)
+            return self.o_proj(_mixed(outputs, weights).flatten(2))
+        projected = [
+            self.branches[name].o_proj((weights[name] * y).flatten(2)) for name, y in outputs.items()
+        ]
+        total = functools.reduce(torch.add, projected)
         first = next(iter(self.branches))
         bias = self.branches[first].o_proj.bias  # the one bias of all, as __init__ says
-        return total if bias is None or first in dict(mixed) else total + bias
+        return total if bias is None or first in outputs else total + bias
 
     def mix_heads(
         self,
@@ -125,8 +129,7 @@ class Gated(TokenMixer):
         state: MixerState | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Mix with the projections of an enclosing gated mixer; see :meth:`TokenMixer.mix_heads`."""
-        mixed = self._gated_branches(x, (q, k, v), layout, rotary, state)
-        return _total(y for _, y in mixed), None
+        return _mixed(*self._branches(x, (q, k, v), layout, rotary, state)), None
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -138,14 +141,15 @@ class Gated(TokenMixer):
             for key, tensor in branch.init_state(batch_size, dtype, device).items()
         }
 
-    def _gated_branches(
+    def _branches(
         self,
         x: Tensor,
         shared: tuple[Tensor, Tensor, Tensor] | None,
         layout: TokenLayout,
         rotary: Rotary | None,
         state: MixerState | None,
-    ) -> list[tuple[str, Tensor]]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Outputs of the active branches, and their weights."""
         outputs: dict[str, Tensor] = {}
         absent: dict[str, Tensor | None] = {}
         for name, branch in self.branches.items():
@@ -157,8 +161,7 @@ class Gated(TokenMixer):
             absent[name] = None if covered is None else ~covered
             if state is not None and own is not None:
                 state.update({f"{name}.{key}": tensor for key, tensor in own.items()})
-        weights = self._weights(x, outputs, absent)
-        return [(name, weights[name] * y) for name, y in outputs.items()]
+        return outputs, self._weights(x, outputs, absent)
 
     def _weights(
         self, x: Tensor, outputs: dict[str, Tensor], absent: dict[str, Tensor | None]
@@ -179,8 +182,8 @@ class Gated(TokenMixer):
         return {name: weights[:, :, i, :, None] for i, name in enumerate(outputs)}
 
 
-def _total(tensors: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, tensors)
+def _mixed(outputs: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+    return weighted_sum(list(outputs.values()), [weights[name] for name in outputs])
 
 
 def _substate(state: MixerState, name: str) -> MixerState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ from mixers.decay import Decay
 from mixers.errors import ConfigError
 from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
 from mixers.layout import Scan, TokenLayout
-from mixers.ops import short_conv, ssd, ssd_step
+from mixers.ops import finish, short_conv, ssd, ssd_step
 from mixers.registry import register
 from mixers.rotary import apply_rotary
 
@@ -99,25 +100,37 @@ class Mamba2(TokenMixer):
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         c, b = self._features(q, k)
         denominator = self.config.normalizer == "denominator"
-        decay = self.decay(x)
+        decay, gate = self.decay(x), self._gate(x)
+        norm_weight = self.norm_weight if self.config.normalizer == "rms" else None
+        norm_eps = self.config.norm_eps
         if state is not None and x.shape[1] == 1 and layout.clip is None and layout.valid is None:
-            now = [t[:, 0] for t in (c, b, v)]
-            y = ssd_step(*now, tuple(t[:, 0] for t in decay), state["ssd"], denominator=denominator)[:, None]
-        else:
-            y, final = ssd(
-                c,
-                b,
-                v,
-                decay,
-                self._backward_decay(x, layout),
-                scan=scan,
+            y = ssd_step(
+                c[:, 0],
+                b[:, 0],
+                v[:, 0],
+                (decay[0][:, 0], decay[1][:, 0]),
+                state["ssd"],
                 denominator=denominator,
-                initial_state=None if state is None else state["ssd"],
-                chunk_size=self.config.chunk_size,
+                skip=self.skip,
+                norm_weight=norm_weight,
+                norm_eps=norm_eps,
+                gate=None if gate is None else gate[:, 0],
             )
-            if state is not None:
-                state["ssd"].copy_(final.detach())
-        return self._finish(y, v, x), None
+            return y[:, None], None
+        y, final = ssd(
+            c,
+            b,
+            v,
+            decay,
+            self._backward_decay(x, layout),
+            scan=scan,
+            denominator=denominator,
+            initial_state=None if state is None else state["ssd"],
+            chunk_size=self.config.chunk_size,
+        )
+        if state is not None:
+            state["ssd"].copy_(final.detach())
+        return finish(y, v, self.skip, norm_weight=norm_weight, norm_eps=norm_eps, gate=gate), None
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -143,33 +156,37 @@ class Mamba2(TokenMixer):
     def _convolve(
         self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scan: Scan, state: MixerState | None
     ) -> tuple[Tensor, ...]:
-        sizes = [t.shape[2] for t in (q, k, v)]
-        joined = torch.cat([q, k, v], dim=2).flatten(2)
-        if layout.valid is not None:
-            joined = joined.masked_fill(~layout.valid[..., None], 0)
-        history = None
+        """Convolve q, k and v, each where it stands: joining them would copy all."""
+        parts = [t.flatten(2) for t in (q, k, v)]
+        widths = [t.shape[2] for t in parts]
+        histories: Sequence[Tensor | None] = [None] * len(parts)
         if state is not None and "conv" in state:
             goes_on = torch.ones(len(q), dtype=torch.bool, device=q.device)
             for table, edge in ((layout.valid, False), (layout.vision, True)):
                 if table is not None:
                     goes_on = goes_on & (table[:, 0] != edge)
-            history = (state["conv"] * goes_on[:, None, None]).to(joined.dtype)
-            self._remember_inputs(state["conv"], history, joined, layout, scan)
-        y = short_conv(joined, self.conv_weight, scan=scan, history=history)
-        return y.unflatten(-1, (-1, self.head_dim)).split(sizes, dim=2)
+            history = (state["conv"] * goes_on[:, None, None]).to(q.dtype)
+            self._remember_inputs(state["conv"], history, parts, layout, scan)
+            histories = history.split(widths, dim=2)
+        mixed = [
+            short_conv(part, weight, scan=scan, history=before)
+            for part, weight, before in zip(parts, self.conv_weight.split(widths), histories)
+        ]
+        return tuple(t.unflatten(-1, (-1, self.head_dim)) for t in mixed)
 
     @torch.no_grad()
     def _remember_inputs(
-        self, kept: Tensor, history: Tensor, joined: Tensor, layout: TokenLayout, scan: Scan
+        self, kept: Tensor, history: Tensor, parts: list[Tensor], layout: TokenLayout, scan: Scan
     ) -> None:
         """Keep the last taps - 1 inputs of the text run that is open at the end, zeros elsewhere."""
         taps = kept.shape[1]
-        recent = torch.cat([history, joined], dim=1)[:, -taps:]
+        recent = torch.cat([history, torch.cat([t[:, -taps:] for t in parts], dim=2)], dim=1)[:, -taps:]
         if scan.run is not None:
-            run = torch.cat([scan.run[:, :1].expand(-1, taps), scan.run], dim=1)[:, -taps:]
+            run = torch.cat([scan.run[:, :1].expand(-1, taps), scan.run[:, -taps:]], dim=1)[:, -taps:]
             recent = recent * (run == run[:, -1:])[..., None]
-        if layout.vision is not None:
-            recent = recent * ~layout.vision[:, -1, None, None]
+        for table, edge in ((layout.valid, False), (layout.vision, True)):
+            if table is not None:
+                recent = recent * (table[:, -1] != edge)[:, None, None]
         kept.copy_(recent)
 
     def _features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,17 +201,7 @@ class Mamba2(TokenMixer):
             wide = torch.promote_types(q.dtype, torch.float32)  # fp16 has no epsilon small enough
             q, k = (F.normalize(t.to(wide), dim=-1).to(t.dtype) for t in (q, k))
             return q, k
-        return q * self.scale, k
+        return q, k * self.scale  # the one with fewer heads
 
-    def _finish(self, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """Skip connection, norm and output gate."""
-        group = self.num_heads // self.num_kv_heads
-        y = y + self.skip[:, None] * v.repeat_interleave(group, dim=2)
-        if self.config.normalizer == "rms":
-            wide = torch.promote_types(y.dtype, torch.float32)
-            y = (F.rms_norm(y.to(wide), (self.head_dim,), eps=self.config.norm_eps) * self.norm_weight).to(
-                y.dtype
-            )
-        if self.config.output_gate:
-            y = y * F.silu(self.gate_proj(x)).unflatten(-1, (-1, self.head_dim))
-        return y
+    def _gate(self, x: Tensor) -> Tensor | None:
+        return self.gate_proj(x).unflatten(-1, (-1, self.head_dim)) if self.config.output_gate else None

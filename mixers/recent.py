@@ -89,10 +89,9 @@ def _attend(
     rotary: Rotary | None,
     grid_windows: tuple[Grid, bool] | None,
 ) -> Tensor:
-    tables = [layout.recent(window, text_only=grid_windows is not None, history=history)]
-    if grid_windows is not None:
-        tables.append(layout.windows(*grid_windows, history=history))
-    blocks = [table for table in tables if table is not None]
+    windows = None if grid_windows is None else layout.windows(*grid_windows, history=history)
+    recent = layout.recent(window, text_only=grid_windows is not None, history=history)
+    blocks = [table for table in (windows, recent) if table is not None]
     return block_attention(q, k, v, blocks, scale=scale, key_valid=key_valid, rotary=rotary)
 
 

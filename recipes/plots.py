@@ -75,6 +75,38 @@ def scaling(
     _save(figure, path)
 
 
+def ops(path: Path | str, title: str, rows: Sequence[Row]) -> None:
+    """Draw a bench of ops: the roofline of the longest rows, then for each op its time over its length.
+
+    Args:
+        path: File to write.
+        title: Above all.
+        rows: Of ``linmu bench ops``, that of the machine included.
+    """
+    from recipes.bench.bars import points
+
+    speed = [row for row in rows if row["table"] == "speed" and row.get("fwd_ms")]
+    if not speed:
+        raise PlotError("there is no time to draw: no op was measured.")
+    grown = [
+        op
+        for op in dict.fromkeys(row["op"] for row in speed)
+        if len({row["tokens"] for row in speed if row["op"] == op}) > 1
+    ]
+    columns = min(3, 1 + len(grown))
+    lines = -(-(1 + len(grown)) // columns)
+    figure = blank_figure(5.6 * columns, 4.6 * lines)
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    machine = next(row for row in reversed(rows) if row["table"] == "machine")
+    draw_roofline(panels[0], points(rows), machine["copy_tb_per_second"], machine["matmul_tflops"])
+    for axes, op in zip(panels[1:], grown):
+        draw_times(axes, [row for row in speed if row["op"] == op], op)
+    for axes in panels[1 + len(grown) :]:
+        axes.remove()
+    figure.suptitle(title, fontweight="bold")
+    _save(figure, path)
+
+
 def accuracies(path: Path | str, title: str, groups: Mapping[str, float]) -> None:
     """Draw one bar a group."""
     figure = blank_figure(max(4.0, 1.2 + 0.8 * len(groups)), 4.4)
@@ -138,6 +170,69 @@ def draw_scaling(axes: Axes, rows: Sequence[Row], value: str, label: str, by: st
     axes.set_title(label, fontsize=10.5)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="upper left")
+
+
+def draw_roofline(axes: Axes, points: Sequence[Row], bandwidth: float, rate: float) -> None:
+    """What ops reach below the two ceilings: the bandwidth (TB/s) and the matrix rate (TFLOP/s)."""
+    intensities = [point["intensity"] for point in points]
+    low, high = min([1.0, *intensities]) / 2, max([4 * rate / bandwidth, *intensities]) * 2
+    ridge = rate / bandwidth
+    axes.plot([low, ridge, high], [low * bandwidth, rate, rate], color=INK, linewidth=2)
+    axes.annotate(
+        f"{bandwidth:.3g} TB/s",
+        (low * 1.3, low * 1.3 * bandwidth),
+        color=GREY,
+        fontsize=8.5,
+        ha="left",
+        va="bottom",
+    )
+    axes.annotate(f"{rate:.3g} TFLOP/s", (high, rate), color=GREY, fontsize=8.5, ha="right", va="bottom")
+    names = list(dict.fromkeys(point["op"] for point in points))
+    for name, colour, marker in zip(names, itertools.cycle(COLOURS), itertools.cycle(MARKERS)):
+        for kind, filled in (("ours", colour), ("peer", "none")):
+            own = [point for point in points if (point["op"], point["kind"]) == (name, kind)]
+            axes.scatter(
+                [point["intensity"] for point in own],
+                [point["tflops"] for point in own],
+                marker=marker,
+                facecolors=filled,
+                edgecolors=colour,
+                label=name if kind == "ours" else None,
+                zorder=3,
+            )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations a byte, at the fewest bytes")
+    axes.set_title("forward, TFLOP/s (filled: ours; hollow: best peer)", fontsize=10.5)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8.5, loc="lower right")
+
+
+def draw_times(axes: Axes, rows: Sequence[Row], title: str) -> None:
+    """Time over tokens, log-log: solid forward, dashed forward + backward; one colour an implementation."""
+    names = list(dict.fromkeys(row["by"] for row in rows))
+    for name, colour, marker in zip(names, itertools.cycle(COLOURS), itertools.cycle(MARKERS)):
+        for value, style in (("fwd_ms", "-"), ("fwd_bwd_ms", "--")):
+            points = [(row["tokens"], row[value]) for row in rows if row["by"] == name and row.get(value)]
+            if points:
+                label = name if value == "fwd_ms" else None
+                axes.plot(
+                    *zip(*points),
+                    style,
+                    color=colour,
+                    marker=marker,
+                    markersize=4,
+                    linewidth=1.6,
+                    label=label,
+                )
+    lengths = sorted({row["tokens"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [_thousands(n) for n in lengths])
+    _log_scale(axes)
+    axes.set_xlabel("tokens (dashed: forward + backward)")
+    axes.set_title(f"{title} (ms)", fontsize=10.5)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8.5, loc="upper left")
 
 
 def draw_losses(figure: Any, history: Sequence[Row]) -> None:

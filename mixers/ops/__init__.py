@@ -1,8 +1,20 @@
 """The operations under the mixers, each with a plain-torch reference."""
 
 from mixers.ops.dispatch import backends, use_backend
+from mixers.ops.finish import finish
+from mixers.ops.gate import weighted_sum
 from mixers.ops.short_conv import short_conv
-from mixers.ops.ssd import ssd, ssd_step
+from mixers.ops.ssd import ssd
+from mixers.ops.ssd_step import ssd_step
 from mixers.ops.window_attention import block_attention
 
-__all__ = ["backends", "block_attention", "short_conv", "ssd", "ssd_step", "use_backend"]
+__all__ = [
+    "backends",
+    "block_attention",
+    "finish",
+    "short_conv",
+    "ssd",
+    "ssd_step",
+    "use_backend",
+    "weighted_sum",
+]

@@ -14,6 +14,8 @@ import os
 import torch
 from torch import Tensor
 
+INSTALLED = importlib.util.find_spec("triton") is not None
+
 SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 """KiB of shared memory that one program can have, by compute capability."""
 
@@ -25,7 +27,7 @@ def interpreting() -> bool:
 
 def unavailable() -> str | None:
     """Return why no kernel can run on this machine, or None."""
-    if not _installed():
+    if not INSTALLED:
         return "triton is not installed; pip install 'linmu[triton]'"
     if not interpreting() and not torch.cuda.is_available():
         return "there is no CUDA device"
@@ -66,8 +68,3 @@ def _shared_memory(index: int) -> int:
     properties = torch.cuda.get_device_properties(index)
     known = SHARED_MEMORY.get((properties.major, properties.minor), 99) * 1024
     return getattr(properties, "shared_memory_per_block_optin", known)
-
-
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

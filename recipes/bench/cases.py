@@ -16,7 +16,15 @@ from torch.nn import functional as F
 import mixers
 from mixers import TokenLayout
 from mixers.decay import INITIAL_DT, MEMORY_TOKENS
-from mixers.ops import block_attention, short_conv, ssd, ssd_step, use_backend
+from mixers.ops import (
+    block_attention,
+    finish,
+    short_conv,
+    ssd,
+    ssd_step,
+    use_backend,
+    weighted_sum,
+)
 from mixers.ops.dispatch import Backend, Op
 from recipes.bench.oracles import dense_attention, dense_conv, dense_ssd
 
@@ -131,23 +139,25 @@ class WholeMixer:
     @property
     def backends(self) -> dict[str, Backend]:
         """Name → backend, as an op has them."""
-        found = {}
-        for name in self.ops[0].backends:
-            all_of_it = [op.backends[name] for op in self.ops if name in op.backends]
-            if len(all_of_it) == len(self.ops):
-                found[name] = Backend(
-                    name,
-                    functools.partial(self, backend=name),
-                    lambda parts=all_of_it: next(filter(None, (b.unavailable() for b in parts)), None),
-                    lambda *args, **kwargs: None,
-                    lambda parts=all_of_it: next(filter(None, (b.hesitates() for b in parts)), None),
-                )
-        return found
+        common = [name for name in self.ops[0].backends if all(name in op.backends for op in self.ops)]
+        return {name: self._backend(name, [op.backends[name] for op in self.ops]) for name in common}
 
-    def __call__(self, module: Any, *args: Any, backend: str) -> Tensor:
+    def _backend(self, name: str, parts: list[Backend]) -> Backend:
+        def first(reasons: Iterator[str | None]) -> str | None:
+            return next((reason for reason in reasons if reason), None)
+
+        return Backend(
+            name,
+            functools.partial(self, backend=name),
+            lambda: first(part.unavailable() for part in parts),
+            lambda *args, **kwargs: None,
+            lambda: first(part.hesitates() for part in parts),
+        )
+
+    def __call__(self, module: Any, *args: Any, rotary: mixers.Rotary, backend: str) -> Tensor:
         """Mix [B, N, H, P] on one backend."""
         with use_backend(backend):
-            return module.mix_heads(*args, None)[0]
+            return module.mix_heads(*args, rotary, None)[0]
 
 
 def video(shapes: Shapes, length: int, device: torch.device, text: int | None = None) -> TokenLayout:
@@ -177,7 +187,9 @@ def heads_of(problem: Problem, state: bool = True) -> tuple[Tensor, Tensor, Tens
     width = s.state if state else s.head_dim
     q, k, v = (
         problem.random(heads, size, offset=offset)
-        for offset, (heads, size) in enumerate(((s.heads, width), (s.kv_heads, width), (s.kv_heads, s.head_dim)))
+        for offset, (heads, size) in enumerate(
+            ((s.heads, width), (s.kv_heads, width), (s.kv_heads, s.head_dim))
+        )
     )
     return (q * width**-0.5 if state else q), k, v
 
@@ -246,9 +258,7 @@ def _conv(problem: Problem) -> Inputs:
     channels = (s.heads + 2 * s.kv_heads) * s.head_dim
     generator = torch.Generator(problem.layout.device).manual_seed(problem.seed)
     weight = torch.randn(channels, 4, generator=generator, device=problem.layout.device) / 2
-    return Inputs(
-        (problem.random(channels), weight.to(problem.dtype)), {"scan": problem.layout.scan("wht")}
-    )
+    return Inputs((problem.random(channels), weight.to(problem.dtype)), {"scan": problem.layout.scan("wht")})
 
 
 def _step(problem: Problem) -> Inputs:
@@ -256,7 +266,10 @@ def _step(problem: Problem) -> Inputs:
     now = [t[:, 0] for t in heads_of(problem)]
     decay = tuple(t[:, 0] for t in decay_of(problem, s.kv_heads, 0))
     state = problem.random(s.kv_heads, s.state, s.head_dim, offset=5, wide=True)[:, 0].contiguous()
-    return Inputs((*now, decay, state), {})
+    weight = problem.random(s.heads, s.head_dim, offset=6)[0, 0]
+    gate = problem.random(s.heads, s.head_dim, offset=7)[:, 0]
+    skip = problem.random(s.heads, offset=8)[0, 0]
+    return Inputs((*now, decay, state), {"skip": skip, "norm_weight": weight, "gate": gate})
 
 
 def _step_products(problem: Problem) -> float:
@@ -286,7 +299,7 @@ def _mixer(problem: Problem, **config: Any) -> Inputs:
     rotary = (angle.cos().to(problem.dtype), angle.sin().to(problem.dtype))
     q, k, v = heads_of(problem, state=False)
     module = module.to(problem.layout.device, problem.dtype)
-    return Inputs((module, problem.random(narrow, offset=3), q, k, v, problem.layout, rotary), {})
+    return Inputs((module, problem.random(narrow, offset=3), q, k, v, problem.layout), {"rotary": rotary})
 
 
 def _mixer_products(problem: Problem, mean: bool) -> float:
@@ -297,20 +310,13 @@ def _mixer_products(problem: Problem, mean: bool) -> float:
 
 SCAN = ("c", "b", "x", "decay", "backward_decay")
 ATTENTION = ("q", "k", "v", "blocks")
-MIXER = ("weights", "x", "q", "k", "v", "layout", "rotary")
-MIXER_OPS = WholeMixer(ssd, short_conv, block_attention)
+MIXER = ("weights", "x", "q", "k", "v", "layout")
+MIXER_OPS = WholeMixer(ssd, short_conv, block_attention, finish, weighted_sum)
 
 
-def _ssd(about: str, axes: str, row: str = "video", **setting: bool) -> Case:
-    return Case(
-        ssd,
-        about,
-        row,
-        functools.partial(_scan, axes=axes, **setting),
-        SCAN,
-        functools.partial(scan_products, **setting),
-        dense_ssd,
-    )
+def _ssd(about: str, axes: str, row: str = "video", **setting: Any) -> Case:
+    make = functools.partial(_scan, axes=axes, **setting)
+    return Case(ssd, about, row, make, SCAN, functools.partial(scan_products, **setting), dense_ssd)
 
 
 CASES: dict[str, Case] = {
@@ -348,7 +354,7 @@ CASES: dict[str, Case] = {
     ),
     "step": Case(
         ssd_step,
-        "one token of every sequence of a batch, the state in place",
+        "one token of every sequence of a batch: state in place, skip, norm and gate",
         "batch",
         _step,
         ("c", "b", "x", "decay", "state"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from mixers import TokenLayout
 from mixers.ops import triton_support
 from mixers.ops.dispatch import Backend
-from recipes.bench.cases import CASES, Case, Inputs, Problem, Shapes, tensors, video
+from recipes.bench.cases import CASES, Case, Inputs, Problem, Shapes, tensors
 from recipes.errors import RecipeError
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -62,7 +63,11 @@ def check(name: str, backend: str, problem: Problem, *, gradients: bool = True) 
     """
     errors = errors_of(name, backend, problem, gradients=gradients)
     if not errors.largest <= TOLERANCE[problem.dtype]:
-        what = "its result" if not errors.value <= TOLERANCE[problem.dtype] else f"its gradient of {errors.worst}"
+        what = (
+            "its result"
+            if not errors.value <= TOLERANCE[problem.dtype]
+            else f"its gradient of {errors.worst}"
+        )
         raise CheckFailedError(
             f"{name} on {backend}: {what} is off by {errors.largest:.2g} relative RMS in {problem.dtype}, more "
             f"than {TOLERANCE[problem.dtype]:.2g}: no speed is reported of a wrong result."
@@ -103,6 +108,7 @@ def compare(
     valid: Tensor | None = None,
     state: int | None = None,
     gradients: bool = True,
+    apart: bool = False,
 ) -> Errors:
     """Compare a function with another that is called with the same arguments in fp64.
 
@@ -116,34 +122,36 @@ def compare(
         valid: bool [B, N]: tokens whose outputs count. None: all.
         state: Position of an argument that is updated in place.
         gradients: Whether to compare those of the positional arguments.
+        apart: Whether the gradient of each tensor of a tuple counts by itself.
     """
     found, leaves = _outputs(run, inputs, state, gradients)
     wanted, wide_leaves = _outputs(oracle, in_fp64(inputs), state, gradients)
     pairs = list(zip(found, wanted))
     if valid is not None:
-        pairs[0] = tuple(y * valid.view(*valid.shape, *[1] * (y.ndim - 2)) for y in pairs[0])
+        mask = valid.view(*valid.shape, *[1] * (found[0].ndim - 2))
+        pairs[0] = (found[0] * mask, wanted[0] * mask)
     value = max((relative_rms(a, b) for a, b in pairs), key=lambda e: math.inf if math.isnan(e) else e)
     if not gradients:
         return Errors(value)
-    upstream = torch.randn(pairs[0][1].shape, generator=_generator(wanted[0].device), device=wanted[0].device)
-    upstream = upstream.to(pairs[0][0].dtype)
+    device = wanted[0].device
+    generator = torch.Generator(device).manual_seed(99)
+    upstream = torch.randn(wanted[0].shape, generator=generator, device=device).to(found[0].dtype)
     got = _gradients(pairs[0][0], leaves, upstream)
     right = _gradients(pairs[0][1], wide_leaves, upstream.double())
     worst, name = 0.0, None
-    for place, leaf in leaves.items():
-        if leaf:
-            error = relative_rms(*(torch.cat([t.double().flatten() for t in g[place]]) for g in (got, right)))
+    for place, group in enumerate(zip(got, right)):
+        if group[0] and not apart:
+            group = ([_joined(group[0])], [_joined(group[1])])
+        for error in itertools.starmap(relative_rms, zip(*group)):
             if name is None or not error <= worst:
                 worst, name = error, names[place] if place < len(names) else str(place)
-            if math.isnan(error):
-                break
     return Errors(value, worst, name)
 
 
 def relative_rms(found: Tensor, wanted: Tensor) -> float:
     """Return the RMS of the difference over the RMS of what is wanted, or alone where that is 0."""
-    difference = (found.double() - wanted.double()).square().mean().sqrt()
-    scale = wanted.double().square().mean().sqrt()
+    found, wanted = found.detach().double(), wanted.detach().double()
+    difference, scale = (t.square().mean().sqrt() for t in (found - wanted, wanted))
     return float(difference / torch.where(scale > 0, scale, 1.0))
 
 
@@ -283,10 +291,12 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
-def check_problem(case: Case, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Problem:
+def check_problem(
+    case: Case, shapes: Shapes, dtype: torch.dtype, device: torch.device, length: int = 224
+) -> Problem:
     """Return the small problem on which a case is checked before it is timed."""
     small = replace(shapes, text=32, frame=(8, 8), batch=min(shapes.batch, 8))
-    return Problem(small, case.layout(small, 224, device), dtype)
+    return Problem(small, case.layout(small, length, device), dtype)
 
 
 def _number(value: float | None) -> float | None:
@@ -295,7 +305,7 @@ def _number(value: float | None) -> float | None:
 
 def _outputs(
     function: Callable[..., Any], inputs: Inputs, state: int | None, gradients: bool
-) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
+) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Call on copies of the arguments; return the outputs, and the leaves of each positional argument."""
     args = [_copied(value, gradients) for value in inputs.args]
     with torch.set_grad_enabled(gradients):
@@ -303,7 +313,7 @@ def _outputs(
     outputs = list(y) if isinstance(y, tuple) else [y]
     if state is not None:
         outputs.append(args[state])
-    return outputs, {place: list(tensors(value)) for place, value in enumerate(args)}
+    return outputs, [list(tensors(value)) for value in args]
 
 
 def _copied(value: Any, gradients: bool) -> Any:
@@ -314,12 +324,12 @@ def _copied(value: Any, gradients: bool) -> Any:
     return tuple(_copied(part, gradients) for part in value) if type(value) is tuple else value
 
 
-def _gradients(y: Tensor, leaves: dict[int, list[Tensor]], upstream: Tensor) -> dict[int, list[Tensor]]:
-    flat = [leaf for group in leaves.values() for leaf in group]
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in parts])
+
+
+def _gradients(y: Tensor, leaves: list[list[Tensor]], upstream: Tensor) -> list[list[Tensor]]:
+    flat = [leaf for group in leaves for leaf in group]
     found = torch.autograd.grad(y, flat, upstream, allow_unused=True)
     filled = iter(torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, flat))
-    return {place: [next(filled) for _ in group] for place, group in leaves.items()}
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(99)
+    return [[next(filled).double() for _ in group] for group in leaves]

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recipes.terminal import EXIT_CODES, Commands, Device, Json, Plot, UsageError, command_line, out, spinner
+from recipes.terminal import (
+    EXIT_CODES,
+    Commands,
+    Device,
+    Json,
+    Plot,
+    UsageError,
+    command_line,
+    err,
+    out,
+    spinner,
+)
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
+    from recipes.bench.cases import Shapes
     from recipes.bench.inputs import Inputs
 
 bench = typer.Typer(
@@ -87,37 +101,138 @@ def decode(
     _show(ctx, f"decode of {teacher}", rows, values, json, plot)
 
 
+Ops = Annotated[list[str] | None, typer.Argument(metavar="OP", help="Which; by default all.")]
+Widths = Annotated[str, typer.Option("--shapes", metavar="NAME", help="small, or 7b: a layer of a 7B model.")]
+Add = Annotated[
+    bool, typer.Option("--add", help="Keep the rows that the --json file has, except those made anew.")
+]
+
+
 @bench.command(epilog=EXIT_CODES)
 def ops(
     ctx: typer.Context,
-    names: Annotated[list[str] | None, typer.Argument(metavar="OP", help="Which; by default all.")] = None,
-    lengths: Lengths = "8k,16k,32k,64k",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    names: Ops = None,
+    shapes: Widths = "small",
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,…", help="Tokens of the row; by default 8k to 64k, for 7b 4k to 128k."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", help="By default float32, for 7b bfloat16.")
+    ] = None,
     device: Device = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median counts.")] = 3,
+    backward: Annotated[
+        bool | None,
+        typer.Option("--backward/--forward", help="Also forward + backward; by default on a GPU."),
+    ] = None,
+    peers_to: Annotated[
+        str, typer.Option(metavar="N", help="Longest row that others' parts are given; 0 leaves them out.")
+    ] = "128k",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed laps; the median counts.")] = 3,
+    max_seconds: Annotated[
+        float, typer.Option(help="Leave out lengths where one run is expected to take longer.")
+    ] = 10.0,
     json: Json = None,
+    add: Add = False,
     plot: Plot = None,
 ) -> None:
-    """The ops behind the mixers, on every backend that runs here.
+    """The ops behind the mixers: our backends, others' parts, and the limits of the machine.
 
-    Each backend is first checked against the dense O(N²) form of the op in
-    float64; no speed is printed of a wrong result. The growth says how much
-    faster than linearly the time rises from the first length to the last.
+    Each backend is first checked, gradients included, against the op's form in
+    float64; no speed is printed of a wrong result. The limits are the fewest
+    bytes over the bandwidth of a copy, and the matrix products over the rate of
+    a large one, both measured now.
+
+    [dim]linmu bench ops ssd windows[/]
+    [dim]linmu bench ops --shapes 7b --json ops.json --plot ops.png[/]
     """
     with spinner("loading"):
-        from recipes.bench.ops import TOLERANCE, growth, measure_ops
+        import torch
+
+        from recipes.bench.ops import growth, known, measure_ops
+        from recipes.bench.roofline import Ceilings
         from recipes.models import best_device
 
-    wanted = parse_lengths(lengths)
-    dtypes = {str(known).removeprefix("torch."): known for known in TOLERANCE}
-    if dtype not in dtypes:
-        raise UsageError(f"--dtype must be one of {', '.join(dtypes)}; found {dtype!r}.")
-    device = device or best_device()
+    names, widths = known(names), _shapes(shapes)
+    large = shapes != "small"
+    wanted = parse_lengths(lengths or ("4k,8k,16k,32k,64k,128k" if large else "8k,16k,32k,64k"))
+    (kind,) = _dtypes(dtype or ("bfloat16" if large else "float32"))
+    longest = 0 if peers_to == "0" else parse_lengths(peers_to)[-1]
+    place = torch.device(device or best_device())
+    rows: list[dict[str, Any]] = []
     with spinner("ops") as now:
-        rows = measure_ops(names, wanted, dtype=dtypes[dtype], device=device, repeats=repeats, progress=now)
-    figures = growth(rows)
-    values = {"ms": "time (ms)", "peak_mib": "memory above inputs (MiB)"}
-    _show(ctx, f"ops in {dtype} on {device}", rows, values, json, plot, figures, by="op")
+        now("ceilings")
+        ceilings = Ceilings.measured(kind, place)
+        rows.append(ceilings.row(kind))
+        for name in names:
+            rows += measure_ops(
+                [name],
+                wanted,
+                shapes=widths,
+                dtype=kind,
+                device=place,
+                ceilings=ceilings,
+                backward=place.type == "cuda" if backward is None else backward,
+                peers_to=longest,
+                repeats=repeats,
+                max_seconds=max_seconds,
+                progress=now,
+            )
+            _write(ctx, rows, growth, json, add)  # what is measured stays if the rest is cut short
+    _print(f"ops at shapes {shapes} on {place}", rows, growth)
+    if plot is not None:
+        from recipes import plots
+        from recipes.results import Results
+
+        plots.ops(plot, f"ops at shapes {shapes}", Results.read(json).rows if add and json else rows)
+
+
+@bench.command(epilog=EXIT_CODES)
+def check(
+    ctx: typer.Context,
+    names: Ops = None,
+    shapes: Widths = "small",
+    lengths: Annotated[
+        str, typer.Option(metavar="N,N,…", help="Tokens of the rows; the first for every kind of row.")
+    ] = "300,2k",
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME,…", help="Which to check.")
+    ] = "float32,bfloat16,float16",
+    device: Device = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Which; by default all that run here.")
+    ] = None,
+    json: Json = None,
+    add: Add = False,
+) -> None:
+    """Errors of the ops and of every gradient against float64, over kinds of rows.
+
+    Text alone, one giant clip, many tiny ones, padding, packed sequences, decays
+    near 0 and near 1. Exits with 1 if an error is above what its dtype allows.
+    """
+    with spinner("loading"):
+        import torch
+
+        from recipes.bench.checks import check_table
+        from recipes.bench.ops import known
+        from recipes.models import best_device
+
+    names, widths, wanted, kinds = known(names), _shapes(shapes), parse_lengths(lengths), _dtypes(dtype)
+    with spinner("checks") as now:
+        rows = check_table(
+            names,
+            widths,
+            wanted,
+            dtypes=kinds,
+            device=torch.device(device or best_device()),
+            backends=backend or None,
+            progress=now,
+        )
+    _print(f"errors at shapes {shapes}", rows)
+    _write(ctx, rows, None, json, add)
+    if wrong := [row for row in rows if not row["right"]]:
+        err.print(f"[bold red]{len(wrong)} of {len(rows)} checks failed[/]")
+        raise typer.Exit(1)
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -135,6 +250,70 @@ def parse_lengths(text: str) -> list[int]:
     if lengths != sorted(set(lengths)) or lengths[0] < 1:
         raise UsageError(f"--lengths must be positive and rise; found {text!r}.")
     return lengths
+
+
+def _shapes(name: str) -> Shapes:
+    from recipes.bench.cases import SHAPES
+
+    if name not in SHAPES:
+        raise UsageError(f"--shapes must be one of {', '.join(SHAPES)}; found {name!r}.")
+    return SHAPES[name]
+
+
+def _dtypes(names: str) -> list[torch.dtype]:
+    from recipes.bench.checks import TOLERANCE
+
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
+    for name in names.split(","):
+        if name not in known:
+            raise UsageError(f"--dtype must be one of {', '.join(known)}; found {name!r}.")
+    return [known[name] for name in names.split(",")]
+
+
+Figures = Callable[[list[dict[str, Any]]], dict[str, float]]
+
+
+def _print(title: str, rows: list[dict[str, Any]], more: Figures | None = None) -> None:
+    """Print the rows of a bench of ops, what is missing and why, and the figures that they give."""
+    from recipes.bench.bars import figures, summed
+    from recipes.results import table
+
+    speed = [row for row in rows if row["table"] == "speed" and row["tokens"]]
+    if speed:
+        columns = (
+            "op",
+            "by",
+            "tokens",
+            "fwd_ms",
+            "fwd_bwd_ms",
+            "peak_mib",
+            "bytes_ms",
+            "products_ms",
+            "error",
+        )
+        out.print(table(speed, title=title, columns=columns))
+    if checks := [row for row in rows if row["table"] == "check"]:
+        out.print(table(summed(checks), title=title))
+    for row in rows:
+        if row.get("note") or row.get("right") is False:
+            where = ", ".join(str(row[key]) for key in ("row", "decay", "tokens", "dtype") if row.get(key))
+            found = {key: row.get(key) for key in ("error", "gradient_error", "worst")}
+            out.print(f"{row['op']} by {row['by']} ({where}): {row['note'] or found}", markup=False)
+    if machine := [row for row in rows if row["table"] == "machine"]:
+        out.print(table(machine, title="this machine reaches", columns=list(machine[0])[1:]))
+    if found := (more(rows) if more else {}) | figures(rows):
+        out.print(table([{"figure": name, "value": value} for name, value in found.items()]))
+
+
+def _write(
+    ctx: typer.Context, rows: list[dict[str, Any]], more: Figures | None, json: Path | None, add: bool
+) -> None:
+    from recipes.bench.bars import added, figures
+    from recipes.results import Results
+
+    if json is not None:
+        command, rows = added(json, command_line(ctx), rows) if add else (command_line(ctx), rows)
+        Results(command, (more(rows) if more else {}) | figures(rows), rows).write(json)
 
 
 def _pair(
@@ -163,17 +342,13 @@ def _show(
     values: dict[str, str],
     json: Path | None,
     plot: Path | None,
-    figures: dict[str, float] | None = None,
-    by: str = "model",
 ) -> None:
     from recipes.results import Results, table
 
     out.print(table(rows, title=title))
-    if figures:
-        out.print(table([figures]))
     if json is not None:
-        Results(command_line(ctx), figures or {}, rows).write(json)
+        Results(command_line(ctx), {}, rows).write(json)
     if plot is not None:
         from recipes import plots
 
-        plots.scaling(plot, title, rows, values, by)
+        plots.scaling(plot, title, rows, values)

@@ -1,84 +1,46 @@
-"""The ops behind the mixers: time and memory at growing length, on every backend that runs here.
+"""The ops behind the mixers: time and memory at growing length, our backends, others' parts and the limits beside.
 
-No speed is reported of a backend that does not agree with the dense form of the op.
+No speed is reported of a backend that does not agree, gradients included, with the op's form in fp64.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from mixers import TokenLayout
-from mixers.errors import near
-from mixers.ops import block_attention, short_conv, ssd
-from mixers.ops.dispatch import Op
-from recipes.bench.measure import median_seconds, peak_bytes
-from recipes.bench.oracles import dense_attention, dense_conv, dense_ssd
+from mixers.errors import BackendError, near
+from mixers.ops.dispatch import Backend
+from recipes.bench.cases import CASES, SHAPES, Case, Inputs, Problem, Shapes, tensors
+from recipes.bench.checks import Errors, check, check_problem, compare, contenders, one_line
+from recipes.bench.measure import copies_beyond_cache, lap_seconds, peak_bytes
+from recipes.bench.peers import Peer, peers_of
+from recipes.bench.prefill import expected_seconds
+from recipes.bench.roofline import Ceilings, forward_work, size_of, training_work
 from recipes.errors import RecipeError
 
-HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
-TEXT, FRAME = 16, (8, 8)
-CHECKED_FRAMES = 3
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Largest RMS error relative to the RMS of the dense form in fp64 on the same inputs, by dtype."""
+PEER_TOLERANCE = 5e-2
+"""A peer may err more than we may, lest its speed go uncounted for a rounding."""
 
-
-class CheckFailedError(RecipeError, RuntimeError):
-    """An op disagrees with its dense form, so its speed means nothing."""
+Row = dict[str, Any]
+Run = Callable[..., Any]
+Tell = Callable[[str, int], None]
 
 
 class UnknownBenchmarkError(RecipeError, LookupError):
     """No op is benchmarked under that name."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """An op at one setting.
-
-    Attributes:
-        op: What is measured.
-        arguments: From a layout, a dtype and a device to the op's positional and keyword arguments.
-        dense: Its O(N²) form, called with the same arguments.
-    """
-
-    op: Op
-    arguments: Callable[[TokenLayout, torch.dtype], tuple[tuple[Any, ...], dict[str, Any]]]
-    dense: Callable[..., Tensor]
-
-
-def measure_ops(
-    names: Sequence[str] | None = None,
-    lengths: Sequence[int] = (8192, 16384, 32768, 65536),
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    repeats: int = 3,
-    progress: Callable[[str, int], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Check each op against its dense form, then measure its forward at growing length.
-
-    Inputs are one row of text, a video of 8×8-token frames, and text, with 4 heads of width 64 on 2 KV heads.
-
-    Args:
-        names: Keys of :data:`CASES`. Default: all.
-        lengths: Tokens of the row, rising.
-        dtype: Of the inputs.
-        device: Where to run.
-        repeats: Timed runs, of which the median counts.
-        progress: Told (op on backend, tokens) before each measurement.
-
-    Returns:
-        A row an op, backend and length: ``op``, ``backend``, ``tokens``, ``ms``, ``ns_per_token``,
-        ``peak_mib`` (above the inputs) and ``error``, that of the check.
+def known(names: Sequence[str] | None) -> list[str]:
+    """Return the names of cases asked for; all for None or none.
 
     Raises:
-        CheckFailedError: A backend's error is above :data:`TOLERANCE`.
         UnknownBenchmarkError: A name is no case; near names are given.
     """
     for name in names or ():
@@ -86,59 +48,66 @@ def measure_ops(
             raise UnknownBenchmarkError(
                 f"no op is benchmarked as {name!r}.{near(name, CASES)} There are: {', '.join(CASES)}."
             )
-    device, rows = torch.device(device), []
-    for name in names or CASES:
-        case = CASES[name]
-        for backend in case.op.backends.values():
-            if backend.unavailable() is not None:
-                continue
-            error = check(name, backend.name, dtype, device)
-            for length in lengths:
-                if progress is not None:
-                    progress(f"{name} on {backend.name}", length)
-                args, kwargs = case.arguments(video_layout(length, device), dtype)
-
-                def run(
-                    op: Op = case.op, backend: str = backend.name, args: Any = args, kwargs: Any = kwargs
-                ) -> None:
-                    with torch.no_grad():
-                        op(*args, **kwargs, backend=backend)
-
-                peak = peak_bytes(run, device)
-                seconds = median_seconds(run, device, warmup=0, repeats=repeats)
-                rows.append(
-                    {
-                        "op": name,
-                        "backend": backend.name,
-                        "tokens": length,
-                        "ms": 1e3 * seconds,
-                        "ns_per_token": 1e9 * seconds / length,
-                        "peak_mib": peak / 2**20,
-                        "error": error,
-                    }
-                )
-    return rows
+    return list(names or CASES)
 
 
-def check(name: str, backend: str, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the RMS error of a backend relative to the op's dense form in fp64.
+def measure_ops(
+    names: Sequence[str] | None = None,
+    lengths: Sequence[int] = (8192, 16384, 32768, 65536),
+    *,
+    shapes: Shapes = SHAPES["small"],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    ceilings: Ceilings | None = None,
+    backward: bool = False,
+    peers_to: int = 131072,
+    repeats: int = 3,
+    max_seconds: float = math.inf,
+    progress: Callable[[str, int], None] | None = None,
+) -> list[Row]:
+    """Check each op against its form in fp64, then measure it, and its peers, at growing length.
+
+    Args:
+        names: Keys of :data:`~recipes.bench.cases.CASES`. Default: all.
+        lengths: Tokens of the row, rising.
+        shapes: Widths.
+        dtype: Of the inputs.
+        device: Where to run.
+        ceilings: What the machine reaches. None: the limits are left out.
+        backward: Whether forward and backward together are measured too.
+        peers_to: Longest row that peers are given; 0 leaves them out.
+        repeats: Timed laps, of which the median counts.
+        max_seconds: Leave out lengths where one run is expected to take longer.
+        progress: Told (op on backend, tokens) before each measurement.
+
+    Returns:
+        A row an op, implementation and length: ``table`` (``"speed"``), ``op``, ``by`` (our backend or the peer),
+        ``kind`` (``"ours"``, ``"peer"`` or ``"another"``: a peer that computes something else), ``dtype``,
+        ``tokens``, ``fwd_ms``, ``fwd_bwd_ms``, ``ns_per_token`` (forward), ``peak_mib`` and ``fwd_bwd_peak_mib``
+        (above the inputs), the limits ``bytes_ms`` and ``products_ms`` and, of both passes,
+        ``fwd_bwd_limit_ms``; ``error`` and ``gradient_error`` of the check; and ``note``, which says what is
+        missing and why. A peer that is not here has one row, without a length.
 
     Raises:
-        CheckFailedError: It is above :data:`TOLERANCE`, or not a number.
+        CheckFailedError: A backend's error is above :data:`~recipes.bench.checks.TOLERANCE`.
+        UnknownBenchmarkError: A name is no case.
     """
-    case = CASES[name]
-    layout = video_layout(2 * TEXT + CHECKED_FRAMES * FRAME[0] * FRAME[1], device)
-    args, kwargs = case.arguments(layout, dtype)
-    found = case.op(*args, **kwargs, backend=backend)
-    found = (found[0] if isinstance(found, tuple) else found).double()
-    expected = case.dense(*_in_fp64(args), **_in_fp64(kwargs))
-    error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-    if not error <= TOLERANCE[dtype]:
-        raise CheckFailedError(
-            f"{name} on {backend} is off by {error:.2g} relative RMS in {dtype}, more than "
-            f"{TOLERANCE[dtype]:.2g}: no speed is reported of a wrong result."
-        )
-    return error
+    names, device, tell = known(names), torch.device(device), progress or (lambda *_: None)
+    watch = Stopwatch(device, repeats, max_seconds, ceilings)
+    rows: list[Row] = []
+    for name in names:
+        case = CASES[name]
+        trains = backward and case.state is None
+        problems = {
+            length: Problem(shapes, case.layout(shapes, length, device), dtype)
+            for length in ([shapes.batch] if case.row == "batch" else lengths)
+        }
+        for backend in contenders(case):
+            rows += _our_rows(name, backend, problems, watch, trains, tell)
+        within = {length: problem for length, problem in problems.items() if length <= peers_to}
+        for peer in peers_of(name) if within else ():
+            rows += _peer_rows(name, peer, within, watch, trains, tell)
+    return rows
 
 
 def growth(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -147,67 +116,179 @@ def growth(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     1 is linear; named ``<op>_growth``, or ``<op>_<backend>_growth`` but for the reference.
     """
     found = {}
-    for (op, backend), group in itertools.groupby(rows, key=lambda row: (row["op"], row["backend"])):
+    ours = [row for row in rows if row.get("kind") == "ours" and row.get("ns_per_token")]
+    for (op, by), group in itertools.groupby(ours, key=lambda row: (row["op"], row["by"])):
         costs = [row["ns_per_token"] for row in group]
-        name = op if backend == "reference" else f"{op}_{backend}"
-        found[f"{name}_growth"] = costs[-1] / costs[0]
+        if len(costs) > 1:
+            found[f"{op}_growth" if by == "reference" else f"{op}_{by}_growth"] = costs[-1] / costs[0]
     return found
 
 
-def video_layout(length: int, device: torch.device) -> TokenLayout:
-    """One row: text, one video of whole 8×8-token frames, text for what is left."""
-    frames = (length - 2 * TEXT) // (FRAME[0] * FRAME[1])
-    return TokenLayout.from_grids(length, [[(TEXT, (frames, *FRAME))]], device=device)
+@dataclass(frozen=True)
+class Stopwatch:
+    """How implementations are timed.
+
+    Attributes:
+        device: Where they run.
+        repeats: Timed laps, of which the median counts.
+        max_seconds: Lengths where one run is expected to take longer are left out.
+        ceilings: What the machine reaches. None: the limits are left out.
+    """
+
+    device: torch.device
+    repeats: int
+    max_seconds: float
+    ceilings: Ceilings | None
+
+    def row(
+        self,
+        run: Run,
+        make: Callable[[Problem], Inputs],
+        problem: Problem,
+        seen: list[tuple[int, float]],
+        *,
+        trains: bool,
+        case: Case | None = None,
+    ) -> Row:
+        """Time one implementation on one problem; what cannot be measured is None, and ``note`` says why.
+
+        Args:
+            run: The implementation.
+            make: From a problem to its arguments.
+            problem: What to draw them for.
+            seen: (tokens, seconds) at shorter lengths; this one is added.
+            trains: Whether to time forward and backward together too.
+            case: Whose limits to add. None: none.
+        """
+        row: Row = dict.fromkeys(("fwd_ms", "fwd_bwd_ms", "ns_per_token", "peak_mib", "fwd_bwd_peak_mib"))
+        row["note"] = None
+        tokens = problem.layout.batch_size * problem.layout.length
+        if expected_seconds(seen, tokens) > self.max_seconds:
+            return row | {"note": "would take too long"}
+        try:
+            first = make(problem)
+            copies = copies_beyond_cache(size_of(first), self.device)
+            sets = [first, *(make(replace(problem, seed=100 * n)) for n in range(1, copies))]
+            output = _first(_forward(run, first))
+            if case is not None and self.ceilings is not None:
+                row |= _limits(case, problem, first, output, trains, self.ceilings)
+            forwards = [partial(_forward, run, inputs) for inputs in sets]
+            row["peak_mib"] = peak_bytes(forwards[0], self.device) / 2**20
+            seconds = lap_seconds(forwards, self.device, warmup=1, repeats=self.repeats)
+            seen.append((tokens, seconds))
+            row |= {"fwd_ms": 1e3 * seconds, "ns_per_token": 1e9 * seconds / tokens}
+            if trains:
+                both = [partial(_both, run, inputs, torch.randn_like(output)) for inputs in sets]
+                both[0]()
+                row["fwd_bwd_peak_mib"] = peak_bytes(both[0], self.device) / 2**20
+                row["fwd_bwd_ms"] = 1e3 * lap_seconds(both, self.device, warmup=1, repeats=self.repeats)
+        except torch.OutOfMemoryError:
+            row["note"] = "out of memory" if row["fwd_ms"] is None else "out of memory in the backward"
+        except BackendError as error:
+            row["note"] = str(error)
+        return row
 
 
-def _random(layout: TokenLayout, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, layout.length, *shape, generator=generator).to(layout.device, dtype)
+def _our_rows(
+    name: str, backend: Backend, problems: Mapping[int, Problem], watch: Stopwatch, trains: bool, tell: Tell
+) -> Iterator[Row]:
+    case, problem = CASES[name], next(iter(problems.values()))
+    start = _start(name, backend.name, "ours", problem)
+    small = check_problem(case, problem.shapes, problem.dtype, watch.device)
+    sample = case.make(small)
+    if reason := backend.unsupported(*sample.args, **sample.kwargs):
+        yield start | {"tokens": None, "note": reason}
+        return
+    tell(f"checking {name} on {backend.name}", 0)
+    errors = check(name, backend.name, small, gradients=trains)
+    seen: list[tuple[int, float]] = []
+    for length, problem in problems.items():
+        tell(f"{name} on {backend.name}", length)
+        row = watch.row(
+            partial(case.op, backend=backend.name), case.make, problem, seen, trains=trains, case=case
+        )
+        yield start | {"tokens": length} | row | _shown(errors)
 
 
-def _qkv(layout: TokenLayout, dtype: torch.dtype) -> list[Tensor]:
-    q, k, v = _random(layout, dtype, HEADS + 2 * KV_HEADS, HEAD_DIM).split([HEADS, KV_HEADS, KV_HEADS], dim=2)
-    return [q.contiguous(), k.contiguous(), v.contiguous()]
+def _peer_rows(
+    name: str, peer: Peer, problems: Mapping[int, Problem], watch: Stopwatch, trains: bool, tell: Tell
+) -> Iterator[Row]:
+    """Run a peer at its longest length first, where its kernels tune themselves, check it in small, and time it."""
+    case, longest = CASES[name], problems[max(problems)]
+    start = _start(name, peer.name, "another" if peer.another else "peer", longest)
+    note = peer.unavailable()
+    if note is not None:
+        yield start | {"tokens": None, "note": note}
+        return
+
+    def make(problem: Problem) -> Inputs:
+        return Inputs(peer.prepare(case.make(problem), problem), {})
+
+    tell(f"checking {name} by {peer.name}", 0)
+    small = make(check_problem(case, longest.shapes, longest.dtype, watch.device, length=736))
+    trains, notes = trains and peer.gradients, [peer.another] if peer.another else []
+    errors, wrong = _peer_errors(peer, make(longest), small, trains=False)
+    if errors is None or wrong:
+        yield start | {"tokens": None, "note": wrong}
+        return
+    if trains:
+        with_gradients, wrong = _peer_errors(peer, make(longest), small, trains=True)
+        errors, trains = with_gradients or errors, wrong is None
+        notes += [f"no backward: {wrong}"] if wrong else []
+    seen: list[tuple[int, float]] = []
+    for length, problem in problems.items():
+        tell(f"{name} by {peer.name}", length)
+        row = watch.row(peer.run, make, problem, seen, trains=trains)
+        said = "; ".join(filter(None, [*notes, row["note"]])) or None
+        yield start | {"tokens": length} | row | _shown(errors) | {"note": said}
 
 
-def _decay(layout: TokenLayout, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
-    log_a, dt = F.softplus(_random(layout, dtype, 2, KV_HEADS, seed=seed) - 2).unbind(2)
-    return -log_a, dt
+def _peer_errors(
+    peer: Peer, long: Inputs, small: Inputs, *, trains: bool
+) -> tuple[Errors | None, str | None]:
+    """Return a peer's errors, and what is wrong with it."""
+    try:
+        if trains:
+            _both(peer.run, long)
+        else:
+            _forward(peer.run, long)
+        errors = compare(peer.run, peer.right, small, gradients=trains, apart=True)
+    except Exception as error:
+        return None, one_line(error)
+    wrong = not errors.largest <= PEER_TOLERANCE
+    return errors, f"wrong by {errors.largest:.2g} relative RMS" if wrong else None
 
 
-def _ssd(layout: TokenLayout, dtype: torch.dtype, both: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    q, k, v = _qkv(layout, dtype)
-    backward_decay = _decay(layout, dtype, seed=2) if both else None
-    arguments = (q.softmax(-1), k.softmax(-1), v, _decay(layout, dtype, seed=1), backward_decay)
-    return arguments, {"scan": layout.scan("wht"), "denominator": True}
+def _start(name: str, by: str, kind: str, problem: Problem) -> Row:
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return {"table": "speed", "op": name, "by": by, "kind": kind, "dtype": dtype}
 
 
-def _windows(layout: TokenLayout, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (*_qkv(layout, dtype), layout.windows((4, 4, 4), shifted=True)), {"scale": HEAD_DIM**-0.5}
+def _limits(
+    case: Case, problem: Problem, inputs: Inputs, output: Tensor, trains: bool, ceilings: Ceilings
+) -> Row:
+    moved, computed = forward_work(case, problem, inputs, output).seconds(ceilings)
+    both = max(training_work(case, problem, inputs, output).seconds(ceilings)) if trains else None
+    limits = {"bytes_ms": moved, "products_ms": computed, "fwd_bwd_limit_ms": both}
+    return {limit: None if seconds is None else 1e3 * seconds for limit, seconds in limits.items()}
 
 
-def _recent(layout: TokenLayout, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (*_qkv(layout, dtype), layout.recent(128, text_only=False)), {"scale": HEAD_DIM**-0.5}
+def _forward(run: Run, inputs: Inputs) -> Any:
+    with torch.no_grad():
+        return run(*inputs.args, **inputs.kwargs)
 
 
-def _conv(layout: TokenLayout, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    x = _random(layout, dtype, HEADS * HEAD_DIM)
-    return (x, x[0, :4].T.contiguous()), {"scan": layout.scan("wht")}
+def _both(run: Run, inputs: Inputs, upstream: Tensor | None = None) -> None:
+    leaves = list(tensors(inputs.args))
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y = _first(run(*inputs.args, **inputs.kwargs))
+    torch.autograd.grad(y, leaves, torch.ones_like(y) if upstream is None else upstream, allow_unused=True)
 
 
-def _in_fp64(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if type(value) is tuple:
-        return tuple(_in_fp64(part) for part in value)
-    return {key: _in_fp64(part) for key, part in value.items()} if isinstance(value, dict) else value
+def _first(outputs: Any) -> Tensor:
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-CASES: dict[str, Case] = {
-    "ssd_causal": Case(ssd, lambda layout, dtype: _ssd(layout, dtype, both=False), dense_ssd),
-    "ssd": Case(ssd, lambda layout, dtype: _ssd(layout, dtype, both=True), dense_ssd),
-    "windows": Case(block_attention, _windows, dense_attention),
-    "text_window": Case(block_attention, _recent, dense_attention),
-    "short_conv": Case(short_conv, _conv, dense_conv),
-}
-"""What is measured, by name. ``ssd`` is both directions of the masked scan, ``ssd_causal`` one of them."""
+def _shown(errors: Errors) -> Row:
+    return {"error": errors.value, "gradient_error": errors.gradient}

@@ -72,13 +72,12 @@ def dense_conv(x: Tensor, weight: Tensor, *, scan: Scan) -> Tensor:
     """The short convolution, step by step and tap by tap, for one row."""
     order = list(range(x.shape[1])) if scan.order is None else scan.order[0].tolist()
     run = [0] * len(order) if scan.run is None else scan.run[0].tolist()
-    y = [
-        sum(
-            weight[:, -1 - back] * x[0, order[step - back]]
-            for back in range(min(weight.shape[1], step + 1))
-            if run[step] == run[step - back]
-        )
-        for step in range(len(order))
-    ]
+    y = []
+    for step in range(len(order)):
+        total = torch.zeros_like(x[0, 0])
+        for back in range(min(weight.shape[1], step + 1)):
+            if run[step] == run[step - back]:
+                total = total + weight[:, -1 - back] * x[0, order[step - back]]
+        y.append(total)
     place = torch.tensor(order, device=x.device).argsort()
     return torch.stack(y)[place][None]

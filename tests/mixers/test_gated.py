@@ -33,7 +33,6 @@ def gated(**config: Any) -> TokenMixer:
 
 def gate_weights(mixer: TokenMixer, rows: Rows, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """What each branch is multiplied by, seen by letting every branch return ones where it has something."""
-    seen = {}
     for branch in mixer.branches.values():
         mixed = branch.mix_heads
 
@@ -42,10 +41,8 @@ def gate_weights(mixer: TokenMixer, rows: Rows, x: torch.Tensor) -> dict[str, to
             return torch.ones_like(y), covered
 
         branch.mix_heads = ones
-    outputs = mixer._gated_branches(x, mixer.project(x), rows.layout, None, None)
-    for name, y in outputs:
-        seen[name] = y[..., 0]
-    return seen
+    outputs, weights = mixer._branches(x, mixer.project(x), rows.layout, None, None)
+    return {name: (weights[name] * y)[..., 0] for name, y in outputs.items()}
 
 
 @GATES

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mixers.ops import triton_support
 from mixers.ops.finish.reference import check
+from mixers.ops.strides import leading, rows
 
 
 def finish(
@@ -22,8 +23,8 @@ def finish(
 ) -> Tensor:
     """Skip, norm and gate; see :func:`mixers.ops.finish.reference.finish`."""
     check(y, v, skip, norm_weight, gate)
-    y, v = triton_support.rows(y), triton_support.rows(v)
-    gate = None if gate is None else triton_support.rows(gate)
+    y, v = rows(y), rows(v)
+    gate = None if gate is None else rows(gate)
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
     return _finish(y, v, skip.contiguous(), norm_weight, gate, norm_eps)
 
@@ -40,7 +41,7 @@ def _finish(
     with triton_support.on_device(y):
         _forward[(batch * triton.cdiv(length, block_n) * groups,)](
             y, v, skip, norm_weight, gate, out,
-            length, groups, width, eps, *_strides(y), *_strides(v), *_strides(gate),
+            length, groups, width, eps, *leading(y), *leading(v), *leading(gate),
             R=heads // groups, BLOCK_N=block_n, P2=wide, num_warps=4,
         )  # fmt: skip
     return out
@@ -77,8 +78,8 @@ def _finish_backward(
     with triton_support.on_device(y):
         _backward[(tiles * groups,)](
             dout, y, v, skip, norm_weight, gate, dy, dv, dgate, dskip, dweight,
-            length, groups, width, eps, *_strides(dout), *_strides(y), *_strides(v), *_strides(gate),
-            R=heads // groups, BLOCK_N=block_n, P2=wide, num_warps=8,
+            length, groups, width, eps, *leading(dout), *leading(y), *leading(v), *leading(gate),
+            R=heads // groups, BLOCK_N=block_n, P2=wide, num_warps=16,
         )  # fmt: skip
     dgate = dgate if gate is None else dgate.to(gate.dtype)
     return dy, dv, dskip.sum(0).to(skip.dtype), dweight.sum(0).to(_dtype(norm_weight)), dgate
@@ -106,16 +107,12 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _differentiate(ctx, dout: Tensor):  # type: ignore[no-untyped-def]
     *_, norm_weight, gate = ctx.saved_tensors
-    dout = triton_support.rows(dout)
+    dout = rows(dout)
     dy, dv, dskip, dweight, dgate = _finish_backward(dout, *ctx.saved_tensors, ctx.eps)
     return dy, dv, dskip, None if norm_weight is None else dweight, None if gate is None else dgate, None
 
 
 _finish.register_autograd(_differentiate, setup_context=_save)
-
-
-def _strides(t: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if t is None else t.stride()[:3]
 
 
 def _dtype(t: Tensor | None) -> torch.dtype:

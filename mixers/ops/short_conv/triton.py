@@ -10,6 +10,7 @@ from torch import Tensor
 from mixers.layout import Scan
 from mixers.ops import triton_support
 from mixers.ops.short_conv.reference import check
+from mixers.ops.strides import leading, rows
 
 TILES = 8
 """Tiles of steps that one program of the backward pass sums the weight's gradient over."""
@@ -22,9 +23,8 @@ def short_conv(
     check(x, weight, history)
     order, run = (None, None) if scan is None else (scan.order, scan.run)
     order, run = (None if t is None else t.contiguous() for t in (order, run))
-    x = x if x.stride(-1) == 1 else x.contiguous()
     history = None if history is None else history.contiguous()
-    return _short_conv(x, weight.contiguous(), order, run, history)
+    return _short_conv(rows(x), weight.contiguous(), order, run, history)
 
 
 @torch.library.custom_op("linmu::short_conv", mutates_args=())
@@ -39,16 +39,14 @@ def _short_conv(
     with triton_support.on_device(x):
         _forward[grid](
             x, weight.t().contiguous(), order, run, history, y,
-            length, channels, x.stride(0), x.stride(1),
+            length, channels, *leading(x),
             TAPS=taps, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=8,
         )  # fmt: skip
     return y
 
 
 @_short_conv.register_fake
-def _(
-    x: Tensor, weight: Tensor, order: Tensor | None, run: Tensor | None, history: Tensor | None
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, order: Tensor | None, run: Tensor | None, history: Tensor | None) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -67,7 +65,7 @@ def _short_conv_backward(
     with triton_support.on_device(x):
         _backward[(tiles * triton.cdiv(channels, block_c),)](
             dy, x, weight.t().contiguous(), order, run, history, dx, dhistory, partial,
-            length, channels, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
+            length, channels, *leading(dy), *leading(x),
             TAPS=taps, TAPS2=triton.next_power_of_2(taps), BEFORE=before,
             SPAN=block_n * TILES, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=8,
         )  # fmt: skip
@@ -89,8 +87,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _differentiate(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
     x, weight, order, run, history = ctx.saved_tensors
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    dx, dweight, dhistory = _short_conv_backward(dy, x, weight, order, run, history)
+    dx, dweight, dhistory = _short_conv_backward(rows(dy), x, weight, order, run, history)
     return dx, dweight, None, None, None if history is None else dhistory
 
 

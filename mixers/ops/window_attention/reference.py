@@ -49,9 +49,9 @@ def block_attention(
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
     placed, outputs = [], []
     for part in _parts([blocks] if isinstance(blocks, Blocks) else blocks):
-        seen = (part.keys >= 0)[:, None]
-        if part.allowed is not None:
-            seen = part.allowed
+        seen = part.allowed
+        if seen is None:
+            seen = (part.keys >= 0)[:, None]
         if key_valid is not None:
             seen = seen & key_valid.flatten()[part.keys.clamp_min(0)][:, None]
         # A slot without a query may look anywhere, so that no softmax is over nothing.

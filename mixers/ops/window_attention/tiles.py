@@ -42,9 +42,11 @@ def load_halves(base, rows, there, P: tl.constexpr, TURNED: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def store_halves(base, rows, there, lo, hi, ADD: tl.constexpr, P: tl.constexpr, TURNED: tl.constexpr):
+def store_halves(
+    base, rows, there, lo, hi,
+    ADD: tl.constexpr, P: tl.constexpr, TURNED: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """Store what :func:`load_halves` loads; ADD adds it to what stands there."""
-    BLOCK_H: tl.constexpr = lo.shape[1]
     low, high = columns(P, TURNED, BLOCK_H)
     c = tl.arange(0, BLOCK_H)
     lo_there = there[:, None] & (c < (P + 1) // 2)[None, :]

@@ -1,11 +1,10 @@
-"""Attention over gather tables in one kernel: rows gathered by index, rotated while loaded, scattered by index."""
+"""Attention over gather tables without a partition copy: rows are gathered, rotated and scattered by index."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,11 +13,30 @@ from torch import Tensor
 
 from mixers.blocks import Blocks
 from mixers.ops import triton_support
-from mixers.ops.window_attention.backward import window_backward_kernel, key_backward_kernel, query_backward_kernel
+from mixers.ops.window_attention import launch
+from mixers.ops.window_attention.backward import (
+    key_backward_kernel,
+    query_backward_kernel,
+    window_backward_kernel,
+)
 from mixers.ops.window_attention.forward import forward_kernel
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-Rotary = tuple[Tensor, Tensor]
+LOG2E = math.log2(math.e)
+
+
+class Table(NamedTuple):
+    """The tensors of one :class:`~mixers.blocks.Blocks`; ``first`` and ``stop`` have no element if not banded."""
+
+    queries: Tensor
+    keys: Tensor
+    first: Tensor
+    stop: Tensor
+
+    @property
+    def banded(self) -> bool:
+        """Whether each query sees a span of the keys only."""
+        return self.first.numel() > 0
 
 
 def block_attention(
@@ -29,19 +47,229 @@ def block_attention(
     *,
     scale: float,
     key_valid: Tensor | None = None,
-    rotary: Rotary | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Let each query of a block attend to the block's keys; see the reference."""
     tables = [blocks] if isinstance(blocks, Blocks) else list(blocks)
-    if not tables:
+    if not tables or q.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    cos, sin = (None, None) if rotary is None else (t.contiguous() for t in rotary)
-    asked = [b.count for b in tables]
-    complete = None not in asked and sum(asked) == q.shape[0] * q.shape[1]  # type: ignore[arg-type]
+    cos, sin = (None, None) if rotary is None else rotary
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    turned = [transposed(b) for b in tables] if learns else []
-    y, _ = forward(
-        q, k, v, _flat(tables), _flat(turned), key_valid, cos, sin, scale, complete
+    transposed = [b.transposed for b in tables if b.transposed is not None] if learns else []
+    complete, covered = _fills(tables, q), _fills(transposed[:1], k)
+    y, _ = attention(
+        q, k, v, _flat(tables), _flat(transposed), key_valid, cos, sin, scale, complete, covered
     )
     return y
+
+
+@torch.library.custom_op("linmu::block_attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    transposed: Sequence[Tensor],
+    key_valid: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    scale: float,
+    complete: bool,
+    covered: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run the forward kernel on every table.
+
+    Args:
+        q: [B, N, H, P].
+        k: [B, M, G, P].
+        v: [B, M, G, P].
+        tables: The four tensors of every :class:`Table`, one after the other.
+        transposed: Those of the transposed tables; none where no gradient is needed.
+        key_valid: bool [B, M].
+        cos: [B or 1, N, R].
+        sin: [B or 1, N, R].
+        scale: Factor on query·key.
+        complete: Whether every token is some table's query.
+        covered: Whether every key is looked at in the first table.
+
+    Returns:
+        y [B, N, H, P], and log2 Σ exp of the scores, [B, N, H], where a backward kernel needs it
+        (no element without ``transposed``).
+    """
+    y = (torch.empty if complete else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
+    lse = _like_lse(q, transposed)
+    call = _Call(q, k, v, key_valid, cos, sin, scale)
+    for table in _tables(tables):
+        (groups, query_slots), key_slots = table.queries.shape, table.keys.shape[1]
+        cut = launch.forward(query_slots, key_slots, q.shape[3], q.dtype, call.shared)
+        tiles = triton.cdiv(query_slots, cut.queries)
+        with triton_support.on_device(q):
+            forward_kernel[(groups * tiles * k.shape[2],)](
+                call.q, call.k, call.v, y, lse, *table, *call.masks,
+                *call.lengths, query_slots, key_slots, tiles, scale * LOG2E, *call.strides,
+                **call.options(cut), SINGLE=cut.single, BANDED=table.banded,
+                KEEP_LSE=bool(transposed) and call.whole_window(table) is None,
+            )  # fmt: skip
+    return y, lse
+
+
+@attention.register_fake
+def _(q, k, v, tables, transposed, key_valid, cos, sin, scale, complete, covered):  # type: ignore[no-untyped-def]
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), _like_lse(q, transposed)
+
+
+@torch.library.custom_op("linmu::block_attention_backward", mutates_args=())
+def attention_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    tables: Sequence[Tensor],
+    transposed: Sequence[Tensor],
+    key_valid: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    scale: float,
+    complete: bool,
+    covered: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v, given that of y; arguments as for :func:`attention`."""
+    dq = (torch.empty if complete else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = ((torch.empty if covered else torch.zeros)(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
+    dy = _rows(dy)
+    delta = torch.empty_like(lse)
+    call = _Call(q, k, v, key_valid, cos, sin, scale)
+    strides = (*dy.stride()[:3], *call.strides)
+    for number, (table, back) in enumerate(zip(_tables(tables), _tables(transposed))):
+        (groups, query_slots), key_slots = table.queries.shape, table.keys.shape[1]
+        scales = (scale, scale * LOG2E)
+        cut = call.whole_window(table)
+        with triton_support.on_device(q):
+            if cut is not None:
+                window_backward_kernel[(groups * k.shape[2] * 2,)](
+                    dy, call.q, call.k, call.v, dq, dk, dv, table.queries, table.keys, *call.masks,
+                    *call.lengths, query_slots, key_slots, *scales, *strides,
+                    **call.options(cut), ADD=number > 0,
+                )  # fmt: skip
+                continue
+            cut = launch.backward_by_tiles(query_slots, key_slots, q.shape[3], q.dtype, call.shared)
+            tiles = triton.cdiv(query_slots, cut.queries)
+            query_backward_kernel[(groups * tiles * q.shape[2],)](
+                dy, call.q, call.k, call.v, y, lse, dq, delta, *table, *call.masks,
+                *call.lengths, query_slots, key_slots, tiles, *scales, *strides,
+                **call.options(cut), BANDED=table.banded,
+            )  # fmt: skip
+            groups, key_slots = back.queries.shape
+            tiles = triton.cdiv(key_slots, cut.keys)
+            key_backward_kernel[(groups * tiles * k.shape[2],)](
+                dy, call.q, call.k, call.v, lse, delta, dk, dv, *back, *call.masks,
+                *call.lengths, key_slots, back.keys.shape[1], tiles, *scales, *strides,
+                **call.options(cut), BANDED=back.banded, ADD=number > 0,
+            )  # fmt: skip
+    return dq, dk, dv
+
+
+@attention_backward.register_fake
+def _(dy, q, k, v, y, lse, tables, transposed, key_valid, cos, sin, scale, complete, covered):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, tables, transposed, key_valid, cos, sin, *ctx.rest = inputs
+    ctx.counts = len(tables), len(transposed)
+    ctx.save_for_backward(q, k, v, *output, key_valid, cos, sin, *tables, *transposed)
+
+
+def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
+    q, k, v, y, lse, key_valid, cos, sin, *tables = ctx.saved_tensors
+    forward, back = ctx.counts
+    dq, dk, dv = attention_backward(
+        dy, q, k, v, y, lse, tables[:forward], tables[forward:], key_valid, cos, sin, *ctx.rest
+    )
+    return dq, dk, dv, [None] * forward, [None] * back, None, None, None, None, None, None
+
+
+attention.register_autograd(_differentiate, setup_context=_setup)
+
+
+class _Call:
+    """What all kernels of a call are given alike."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_valid: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        scale: float,
+    ) -> None:
+        self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
+        self.shared = triton_support.shared_memory(q.device)
+        turned, angles = (q.shape[3] + 1) // 2, (0, 0)
+        if cos is not None and sin is not None:
+            cos, sin, turned = cos.contiguous(), sin.contiguous(), cos.shape[2] // 2
+            angles = (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))
+        self.turned = turned
+        self.masks = (None if key_valid is None else key_valid.contiguous(), cos, sin)
+        self.lengths = (q.shape[1], k.shape[1])
+        self.strides = (*self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *angles)
+
+    def options(self, cut: launch.Launch) -> dict[str, Any]:
+        """Return the compile-time arguments that every kernel has."""
+        heads, width = self.q.shape[2:]
+        exact = triton_support.interpreting() or self.q.dtype == torch.float32
+        return {
+            "G": self.k.shape[2],
+            "GROUP": heads // self.k.shape[2],
+            "P": width,
+            "TURNED": self.turned,
+            "BLOCK_Q": cut.queries,
+            "BLOCK_K": cut.keys,
+            "BLOCK_H": launch.tile((width + 1) // 2),
+            "BLOCK_P": launch.tile(width),
+            "ROTARY": self.masks[1] is not None,
+            "MASKED": self.masks[0] is not None,
+            "STAGES": cut.stages,
+            "DOT": tl.float32 if exact else DTYPES[self.q.dtype],
+            "PRECISION": "ieee",
+            "num_warps": cut.warps,
+        }
+
+    def whole_window(self, table: Table) -> launch.Launch | None:
+        """Return how to launch the backward kernel of whole windows, None where it does not fit the table."""
+        if table.banded:
+            return None
+        slots = table.queries.shape[1], table.keys.shape[1]
+        return launch.backward_of_windows(*slots, self.q.shape[3], self.q.dtype, self.shared)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _like_lse(q: Tensor, transposed: Sequence[Tensor]) -> Tensor:
+    shape = q.shape[:3] if transposed else (0,)
+    return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+def _flat(tables: Sequence[Blocks]) -> list[Tensor]:
+    flat = []
+    for blocks in tables:
+        empty = blocks.queries.new_empty(0)
+        first, stop = (empty if t is None else t for t in (blocks.first, blocks.stop))
+        flat += [blocks.queries, blocks.keys, first, stop]
+    return flat
+
+
+def _tables(flat: Sequence[Tensor]) -> list[Table]:
+    return [Table(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
+
+
+def _fills(tables: Sequence[Blocks], rows: Tensor) -> bool:
+    """Is every row of ``rows`` [B, N, …] a query of the tables?"""
+    counts = [blocks.count for blocks in tables]
+    return None not in counts and sum(counts) == rows.shape[0] * rows.shape[1]  # type: ignore[arg-type]

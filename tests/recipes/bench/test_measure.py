@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from recipes.bench.measure import matmul_rate, median_seconds, peak_bytes
+from recipes.bench.measure import (
+    copies_beyond_cache,
+    copy_rate,
+    lap_seconds,
+    matmul_rate,
+    median_seconds,
+    peak_bytes,
+)
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -55,3 +62,18 @@ def test_warm_up_runs_come_before_the_timed_ones() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_rate_of_a_matmul_is_a_rate(dtype: torch.dtype) -> None:
     assert matmul_rate(dtype, CPU, size=64) > 1e6
+
+
+def test_a_lap_runs_everything_once() -> None:
+    calls: list[str] = []
+    runs = [lambda: calls.append("a"), lambda: calls.append("b")]
+    assert lap_seconds(runs, CPU, warmup=1, repeats=2) > 0
+    assert calls == ["a", "b"] * 3
+
+
+def test_the_rate_of_a_copy_is_a_rate() -> None:
+    assert copy_rate(CPU, size=2**20) > 1e6
+
+
+def test_processors_need_no_copies_beyond_the_cache() -> None:
+    assert copies_beyond_cache(1, CPU) == 1
