@@ -11,11 +11,11 @@ from torch import Tensor
 from mixers.ops import triton_support
 from mixers.ops.ssd.chunks import DENOMINATOR_FLOOR
 from mixers.ops.ssd.triton.decays import sum_decays
-from mixers.ops.ssd.triton.launch import Cut, dots, forward_cut, padded
+from mixers.ops.ssd.triton.launch import Cut, chunks_of_segment, dots, forward_cut, state_tile
 from mixers.ops.ssd.triton.outputs import mix_chunks
-from mixers.ops.ssd.triton.states import carry_states, chunk_states
+from mixers.ops.ssd.triton.states import carry_states, segment_states
 
-LANES, STAGES = 128, 8
+LANES, STAGES = 256, 16
 
 
 @dataclass(frozen=True)
@@ -168,52 +168,67 @@ def carry(
 
 
 def entering_states(inputs: Inputs, sums: Sums, cut: Cut, first: Tensor | None) -> States:
-    """Sum and carry the states of all chunks."""
-    c, b, x = inputs.c, inputs.b, inputs.x
+    """Sum the states of segments of chunks, carry them, and return the state that enters each chunk."""
+    b, x, tables = inputs.b, inputs.x, inputs.tables
     batch, length, groups, width = b.shape
-    d, e, values, tables = inputs.directions, inputs.heads, x.shape[-1], inputs.tables
+    d, e, values, chunks = inputs.directions, inputs.heads, x.shape[-1], sums.chunks
     k, p = cut.block_k * cut.tiles_k, cut.block_p
-    added = x.new_empty(d, batch, e, sums.chunks, k, p)
-    added_ones = x.new_empty((d, batch, e, sums.chunks, k) if inputs.denominator else 0, dtype=torch.float32)
-    keeps = x.new_empty(d, batch, e, sums.chunks, dtype=torch.float32)
-    small = x.dtype == torch.float32
-    block_k, block_p = min(k, 32 if small else 128), min(p, 32 if small else 128)
-    tiles_k, tiles_p = k // block_k, p // block_p
-    chunk_states[(batch * sums.chunks * e * tiles_k * tiles_p,)](
-        b,
-        x,
-        added,
-        added_ones,
-        keeps,
-        sums.values,
-        sums.ends,
-        tables.order,
-        tables.sequence,
-        tables.extent,
-        length,
-        sums.chunks,
-        batch,
-        *b.stride()[:3],
-        *x.stride()[:3],
-        G=groups,
-        E=e,
-        K=width,
-        P=values,
-        Q=cut.chunk,
-        BLOCK_K=block_k,
-        BLOCK_P=block_p,
-        TILES_K=tiles_k,
-        TILES_P=tiles_p,
-        BOTH=inputs.both,
-        DENOMINATOR=inputs.denominator,
-        TERMS=inputs.terms,
-        num_warps=8 if block_k * block_p > 64 * 64 else 4,
-        **dots(x),
+    block_k, block_p, warps = state_tile(k, p, x.dtype)
+    tiles = (k // block_k) * (p // block_p)
+    at_once = chunks_of_segment(batch * e * tiles, chunks)
+    segments = triton.cdiv(chunks, at_once)
+
+    def run(states: Tensor, ones: Tensor, keeps: Tensor, firsts: Tensor, first_ones: Tensor, entering: bool) -> None:
+        segment_states[(batch * segments * e * tiles,)](
+            b,
+            x,
+            states,
+            ones,
+            keeps,
+            firsts,
+            first_ones,
+            sums.values,
+            sums.ends,
+            tables.order,
+            tables.sequence,
+            tables.extent,
+            length,
+            chunks,
+            batch,
+            at_once,
+            *b.stride()[:3],
+            *x.stride()[:3],
+            G=groups,
+            E=e,
+            K=width,
+            P=values,
+            Q=cut.chunk,
+            BLOCK_K=block_k,
+            BLOCK_P=block_p,
+            TILES_K=k // block_k,
+            TILES_P=p // block_p,
+            BOTH=inputs.both,
+            DENOMINATOR=inputs.denominator,
+            ENTERING=entering,
+            TERMS=inputs.terms,
+            STAGES=3,
+            num_warps=warps,
+            **dots(x),
+        )
+
+    def room(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        shape, wide = (d, batch, e, count), torch.float32
+        ones = x.new_empty((*shape, k) if inputs.denominator else 0, dtype=wide)
+        return x.new_empty((*shape, k, p), dtype=dtype), ones, x.new_empty(shape, dtype=wide)
+
+    added, added_ones, kept = room(segments, torch.float32)
+    run(added, added_ones, kept, added, added_ones, False)
+    firsts, first_ones, last = carry(
+        added, added_ones, kept, first, width, values, inputs.denominator, flip=False
     )
-    entering, ones, last = carry(
-        added, added_ones, keeps, first, width, values, inputs.denominator, flip=False
-    )
-    return States(entering, ones, keeps, last)
+    states, ones, keeps = room(chunks, x.dtype)
+    run(states, ones, keeps, firsts, first_ones, True)
+    return States(states, ones, keeps, last)
 
 
 def scan_forward(inputs: Inputs, first: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from mixers.ops import triton_support
 
+LONGEST_SEGMENT = 32
+FEWEST_PROGRAMS = 512
+
 DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -72,6 +75,18 @@ def backward_cut(width: int, values: int, dtype: torch.dtype, device: torch.devi
         return Cut(32, block, k // block, p, 4, 1)
     block = min(k, 64)
     return Cut(64, block, k // block, p, 4, 3)
+
+
+def state_tile(width: int, values: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Choose the tile (K, P) of a state that a program carries along a segment, and its warps."""
+    if dtype == torch.float32:
+        return min(width, 32), min(values, 32), 4
+    return min(width, 128), min(values, 64), 4
+
+
+def chunks_of_segment(lines: int, chunks: int) -> int:
+    """Choose how many chunks a program runs over, where ``lines`` programs run side by side for each segment."""
+    return max(1, min(LONGEST_SEGMENT, chunks * lines // FEWEST_PROGRAMS))
 
 
 def dots(t: Tensor) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What each chunk adds to the state, and the states that enter the chunks."""
+"""The states that enter the chunks: segments of chunks are summed, carried from one to the next, and run again."""
 
 import triton
 import triton.language as tl
@@ -46,13 +46,15 @@ def leaving(
     return left, running(sums, direction, 1, row, head, steps, B, E, padded, TERMS)
 
 
-@triton.jit(do_not_specialize=["length", "chunks", "B"])
-def chunk_states(
+@triton.jit(do_not_specialize=["length", "chunks", "B", "at_once"])
+def segment_states(
     b,
     x,
-    added,
-    added_ones,
+    states,
+    ones,
     keeps,
+    firsts,
+    first_ones,
     sums,
     ends,
     order,
@@ -61,6 +63,7 @@ def chunk_states(
     length,
     chunks,
     B,
+    at_once,
     b_row,
     b_token,
     b_head,
@@ -78,66 +81,95 @@ def chunk_states(
     TILES_P: tl.constexpr,
     BOTH: tl.constexpr,
     DENOMINATOR: tl.constexpr,
+    ENTERING: tl.constexpr,
     TERMS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Sum what the tokens of a chunk add to the state that leaves it, Σ_j w_j b_j x_jᵀ, per decay head.
+    """Run over the chunks of a segment, ``at_once`` of them, in each direction, carrying the state along.
 
-    ``added`` is [directions, B, E, chunks, K', P'] and ``added_ones``, the denominator's, [.., K'], padded to
-    whole tiles; ``keeps`` is [directions, B, E, chunks]: what is kept of the state that enters.
+    ENTERING: start from ``firsts`` and store in ``states`` the state that enters each chunk, in ``keeps`` what
+    the chunk keeps of it. Otherwise: start from zero, store what the segment adds and keeps.
+    ``states`` is [directions, B, E, chunks or segments, K', P'], ``ones`` (the denominator's) [.., K'], padded to
+    whole tiles; ``firsts`` and ``first_ones`` are alike, by segment.
     """
+    PADDED_K: tl.constexpr = TILES_K * BLOCK_K
+    SIZE: tl.constexpr = PADDED_K * TILES_P * BLOCK_P
     pid = tl.program_id(0)
     tile_p, tile_k = pid % TILES_P, pid // TILES_P % TILES_K
     pid = pid // (TILES_P * TILES_K)
     head = pid % E
     group = head // (E // G)
-    chunk = pid // E % chunks
-    row = pid // E // chunks
-    steps = chunk * Q + tl.arange(0, Q)
-    inside = steps < length
-    tokens = tokens_at(order, row, steps, length)
+    segments = tl.cdiv(chunks, at_once)
+    segment = pid // E % segments
+    row = pid // E // segments
+    begin = segment * at_once
+    count = tl.minimum(at_once, chunks - begin)
     ks = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     ps = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
-    keys = tl.load(
-        b + row.to(tl.int64) * b_row + group * b_head + tokens[:, None] * b_token + ks[None],
-        mask=inside[:, None] & (ks < K)[None],
-        other=0,
-    ).to(DOT)
-    values = tl.load(
-        x + row.to(tl.int64) * x_row + group * x_head + tokens[:, None] * x_token + ps[None],
-        mask=inside[:, None] & (ps < P)[None],
-        other=0,
-    ).to(tl.float32)
+    tile = ks[:, None] * (TILES_P * BLOCK_P) + ps[None]
     padded = chunks * Q
     for direction in tl.static_range(2 if BOTH else 1):
-        if direction == 0:
-            edge = at_steps(sequence, row, chunk * Q + Q - 1, length, 0)
-            other = at_steps(sequence, row, tl.maximum(chunk * Q - 1, 0), length, 0)
-            left, dt = leaving(
-                sums, ends, 0, row, head, steps, chunk, sequence, Q, length, B, E, chunks, padded, TERMS
-            )
-        else:
-            edge = at_steps(extent, row, chunk * Q, length, -1)
-            other = at_steps(extent, row, chunk * Q + Q, length, -1)
-            other = tl.where(chunk * Q + Q < length, other, -1)
-            left, dt = leaving(
-                sums, ends, 1, row, head, steps, chunk, extent, Q, length, B, E, chunks, padded, TERMS
-            )
-        weight = left * dt
-        at = tl.cast(((direction * B + row) * E + head) * chunks + chunk, tl.int64)
-        if tile_p == 0:
-            if tile_k == 0:
-                end, low = chunk_end(ends, direction, row, head, chunk, B, E, chunks, TERMS == 3)
-                tl.store(keeps + at, tl.where(edge == other, tl.exp2(end + low), 0.0))
+        line = tl.cast((direction * B + row) * E + head, tl.int64)
+        at = line * segments + segment
+        state = tl.zeros([BLOCK_K, BLOCK_P], tl.float32)
+        one = tl.zeros([BLOCK_K], tl.float32)
+        kept = 1.0
+        if ENTERING:
+            state = tl.load(firsts + at * SIZE + tile)
             if DENOMINATOR:
-                ones = tl.sum(keys.to(tl.float32) * weight[:, None], 0)
-                tl.store(added_ones + at * (TILES_K * BLOCK_K) + ks, ones)
-        weighed = (values * weight[:, None]).to(DOT)
-        state = tl.dot(tl.trans(keys), weighed, input_precision=PRECISION)
-        place = at * (TILES_K * BLOCK_K * TILES_P * BLOCK_P)
-        place += ks[:, None] * (TILES_P * BLOCK_P) + ps[None]
-        tl.store(added + place, state.to(added.dtype.element_ty))
+                one = tl.load(first_ones + at * PADDED_K + ks)
+        for i in tl.range(0, count, num_stages=STAGES):
+            chunk = begin + (i if direction == 0 else count - 1 - i)
+            steps = chunk * Q + tl.arange(0, Q)
+            inside = steps < length
+            tokens = tokens_at(order, row, steps, length)
+            keys = tl.load(
+                b + row.to(tl.int64) * b_row + group * b_head + tokens[:, None] * b_token + ks[None],
+                mask=inside[:, None] & (ks < K)[None],
+                other=0,
+            ).to(DOT)
+            values = tl.load(
+                x + row.to(tl.int64) * x_row + group * x_head + tokens[:, None] * x_token + ps[None],
+                mask=inside[:, None] & (ps < P)[None],
+                other=0,
+            ).to(tl.float32)
+            if direction == 0:
+                edge = at_steps(sequence, row, chunk * Q + Q - 1, length, 0)
+                other = at_steps(sequence, row, tl.maximum(chunk * Q - 1, 0), length, 0)
+                left, dt = leaving(
+                    sums, ends, 0, row, head, steps, chunk, sequence, Q, length, B, E, chunks, padded, TERMS
+                )
+            else:
+                edge = at_steps(extent, row, chunk * Q, length, -1)
+                other = at_steps(extent, row, chunk * Q + Q, length, -1)
+                other = tl.where(chunk * Q + Q < length, other, -1)
+                left, dt = leaving(
+                    sums, ends, 1, row, head, steps, chunk, extent, Q, length, B, E, chunks, padded, TERMS
+                )
+            end, low = chunk_end(ends, direction, row, head, chunk, B, E, chunks, TERMS == 3)
+            keep = tl.where(edge == other, tl.exp2(end + low), 0.0)
+            if ENTERING:
+                tl.store(states + (line * chunks + chunk) * SIZE + tile, state.to(states.dtype.element_ty))
+                if (tile_p == 0) & (tile_k == 0):
+                    tl.store(keeps + line * chunks + chunk, keep)
+                if DENOMINATOR:
+                    if tile_p == 0:
+                        tl.store(ones + (line * chunks + chunk) * PADDED_K + ks, one)
+            weight = left * dt
+            weighed = (values * weight[:, None]).to(DOT)
+            state = tl.dot(tl.trans(keys), weighed, state * keep, input_precision=PRECISION)
+            if DENOMINATOR:
+                one = one * keep + tl.sum(keys.to(tl.float32) * weight[:, None], 0)
+            kept *= keep
+        if not ENTERING:
+            tl.store(states + at * SIZE + tile, state)
+            if (tile_p == 0) & (tile_k == 0):
+                tl.store(keeps + at, kept)
+            if DENOMINATOR:
+                if tile_p == 0:
+                    tl.store(ones + at * PADDED_K + ks, one)
 
 
 @triton.jit(do_not_specialize=["chunks", "B"])
