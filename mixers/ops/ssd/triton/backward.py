@@ -14,7 +14,7 @@ from mixers.ops.ssd.triton.gradients import (
     query_gradients,
     state_gradients,
 )
-from mixers.ops.ssd.triton.launch import backward_cut, dots, padded
+from mixers.ops.ssd.triton.launch import backward_cut, dots
 
 
 def scan_backward(
@@ -36,6 +36,8 @@ def scan_backward(
     e, d, grad_y = inputs.heads, inputs.directions, grad_y.contiguous()
     with triton_support.on_device(c):
         cut = backward_cut(width, values, x.dtype, x.device)
+        queries, gradients, through, within = cut.queries, cut.states, cut.through, cut.inputs
+        assert queries and gradients and through and within
         sums = sum_all_decays(inputs, cut.chunk)
         states = entering_states(inputs, sums, cut, first)
         programs = batch * sums.chunks * e
@@ -43,7 +45,7 @@ def scan_backward(
             "K": width,
             "P": values,
             "Q": cut.chunk,
-            "BLOCK_P": cut.block_p,
+            "BLOCK_P": cut.p,
             "BOTH": inputs.both,
             "DENOMINATOR": inputs.denominator,
             "TERMS": inputs.terms,
@@ -80,14 +82,14 @@ def scan_backward(
             H=heads,
             G=groups,
             E=e,
-            BLOCK_K=cut.block_k,
-            TILES_K=cut.tiles_k,
-            STAGES=cut.stages,
-            num_warps=cut.warps,
+            BLOCK_K=queries.block,
+            TILES_K=cut.k // queries.block,
+            STAGES=queries.stages,
+            num_warps=queries.warps,
             **shape,
         )
         added, added_ones = torch.empty_like(states.values), torch.empty_like(states.ones)
-        state_gradients[(programs * cut.tiles_k,)](
+        state_gradients[(programs * (cut.k // gradients.block),)](
             c,
             grad_y,
             denominators,
@@ -104,10 +106,10 @@ def scan_backward(
             DENOMINATOR_FLOOR,
             H=heads,
             E=e,
-            BLOCK_K=cut.block_k,
-            TILES_K=cut.tiles_k,
-            STAGES=cut.stages,
-            num_warps=cut.warps,
+            BLOCK_K=gradients.block,
+            TILES_K=cut.k // gradients.block,
+            STAGES=gradients.stages,
+            num_warps=gradients.warps,
             **shape,
         )
         grad_states, grad_state_ones, grad_first = carry(
@@ -139,9 +141,9 @@ def scan_backward(
             *x.stride()[:3],
             G=groups,
             E=e,
-            BLOCK_K=cut.block_k,
-            TILES_K=cut.tiles_k,
-            num_warps=2 * cut.warps,
+            BLOCK_K=through.block,
+            TILES_K=cut.k // through.block,
+            num_warps=through.warps,
             **shape,
         )
         decays = [reached.new_empty(batch, length, e) for _ in inputs.decays]
@@ -171,9 +173,9 @@ def scan_backward(
             H=heads,
             G=groups,
             E=e,
-            BLOCK_K=padded(width),
-            STAGES=cut.stages,
-            num_warps=2 * cut.warps,
+            BLOCK_K=within.block,
+            STAGES=within.stages,
+            num_warps=within.warps,
             **shape,
         )
     if e != groups:

@@ -172,7 +172,7 @@ def entering_states(inputs: Inputs, sums: Sums, cut: Cut, first: Tensor | None) 
     b, x, tables = inputs.b, inputs.x, inputs.tables
     batch, length, groups, width = b.shape
     d, e, values, chunks = inputs.directions, inputs.heads, x.shape[-1], sums.chunks
-    k, p = cut.block_k * cut.tiles_k, cut.block_p
+    k, p = cut.k, cut.p
     block_k, block_p, warps = state_tile(k, p, x.dtype)
     tiles = (k // block_k) * (p // block_p)
     at_once = chunks_of_segment(batch * e * tiles, chunks)
@@ -238,6 +238,8 @@ def scan_forward(inputs: Inputs, first: Tensor | None) -> tuple[Tensor, Tensor, 
     groups, values = x.shape[2:]
     with triton_support.on_device(c):
         cut = forward_cut(width, values, heads // inputs.heads, x.dtype, x.device)
+        mix = cut.mix
+        assert mix is not None
         sums = sum_all_decays(inputs, cut.chunk)
         states = entering_states(inputs, sums, cut, first)
         y = x.new_empty(batch, length, heads, values)
@@ -269,14 +271,14 @@ def scan_forward(inputs: Inputs, first: Tensor | None) -> tuple[Tensor, Tensor, 
             K=width,
             P=values,
             Q=cut.chunk,
-            BLOCK_K=cut.block_k,
-            BLOCK_P=cut.block_p,
-            TILES_K=cut.tiles_k,
+            BLOCK_K=mix.block,
+            BLOCK_P=cut.p,
+            TILES_K=cut.k // mix.block,
             BOTH=inputs.both,
             DENOMINATOR=inputs.denominator,
             TERMS=inputs.terms,
-            STAGES=cut.stages,
-            num_warps=cut.warps,
+            STAGES=mix.stages,
+            num_warps=mix.warps,
             **dots(x),
         )
     return y, states.last, denominators

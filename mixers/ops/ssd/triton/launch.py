@@ -12,30 +12,49 @@ from torch import Tensor
 from mixers.ops import triton_support
 
 LONGEST_SEGMENT = 32
-FEWEST_PROGRAMS = 512
+FEWEST_PROGRAMS = 264
 
 DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True)
+class Run:
+    """How the programs of one kernel run.
+
+    Attributes:
+        block: Width of a tile along K.
+        warps: Warps of a program.
+        stages: Depth of the pipeline that loads query heads or tiles.
+    """
+
+    block: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class Cut:
-    """One launch: Q tokens a chunk, tiles of the state, and how a program runs.
+    """How a pass is cut: tokens of a chunk, K and P padded to powers of two, and how its kernels run.
 
     Attributes:
         chunk: Tokens Q of a chunk.
-        block_k: Width of a tile along K.
-        tiles_k: Tiles along K.
-        block_p: Width of P, padded to a power of two.
-        warps: Warps of a program.
-        stages: Query heads whose loads are in flight.
+        k: K, padded.
+        p: P, padded.
+        mix: The forward kernel.
+        queries: The gradient of C.
+        states: The gradients of the entering states.
+        through: The gradients of B and X through the states.
+        inputs: The other gradients of B and X.
     """
 
     chunk: int
-    block_k: int
-    tiles_k: int
-    block_p: int
-    warps: int
-    stages: int
+    k: int
+    p: int
+    mix: Run | None = None
+    queries: Run | None = None
+    states: Run | None = None
+    through: Run | None = None
+    inputs: Run | None = None
 
 
 def padded(width: int) -> int:
@@ -47,34 +66,43 @@ def forward_cut(width: int, values: int, sharing: int, dtype: torch.dtype, devic
     """Choose how the forward pass is cut for K = ``width``, P = ``values`` and ``sharing`` heads a state."""
     k, p, room = padded(width), padded(values), triton_support.shared_memory(device)
     if dtype == torch.float32:
-        block = min(k, 32)
-        return Cut(32, block, k // block, p, 4, 1)
+        return Cut(32, k, p, mix=Run(min(k, 32), 4, 1))
     for chunk, block, warps, stages in (
         (128, k, 8, 3 if sharing > 1 else 1),
+        (64, k, 4, 2),
         (128, 64, 8, 3),
-        (64, k, 4, 3 if sharing > 1 else 1),
         (64, 64, 4, 3),
         (64, 32, 4, 3),
     ):
         block = min(block, k)
         fixed, loaded = chunk * p, chunk * block
         if block == k:
-            fixed += chunk * k + 2 * k * p
+            fixed += chunk * k + 2 * k * p + 16 * k
         else:
             loaded += chunk * block + 2 * block * p
-        if dtype.itemsize * (fixed + max(1, stages - 1) * loaded) <= room - 2048:
-            return Cut(chunk, block, k // block, p, warps, stages)
-    return Cut(32, min(k, 32), k // min(k, 32), p, 4, 1)
+        if dtype.itemsize * (fixed + max(1, stages - 1) * loaded) <= room:
+            return Cut(chunk, k, p, mix=Run(block, warps, stages))
+    return Cut(32, k, p, mix=Run(min(k, 32), 4, 1))
 
 
 def backward_cut(width: int, values: int, dtype: torch.dtype, device: torch.device) -> Cut:
     """Choose how the backward pass is cut for K = ``width`` and P = ``values``."""
-    k, p = padded(width), padded(values)
+    k, p, room = padded(width), padded(values), triton_support.shared_memory(device)
     if dtype == torch.float32:
-        block = min(k, 32)
-        return Cut(32, block, k // block, p, 4, 1)
-    block = min(k, 64)
-    return Cut(64, block, k // block, p, 4, 3)
+        run, wide = Run(min(k, 32), 4, 1), Run(min(k, 32), 8, 1)
+        return Cut(32, k, p, queries=run, states=run, through=wide, inputs=Run(k, 8, 1))
+    large = room >= 200 * 1024
+    tile = dtype.itemsize * 64 * (k + p)
+    stages = max(s for s in (1, 2, 3) if s == 1 or s * tile * 1.25 <= room)
+    return Cut(
+        64,
+        k,
+        p,
+        queries=Run(min(k, 32), 4, 3 if large else 2),
+        states=Run(min(k, 64), 4 if large else 8, 3 if large else 2),
+        through=Run(min(k, 64 if large else 32), 8, 1),
+        inputs=Run(k, 8, stages),
+    )
 
 
 def state_tile(width: int, values: int, dtype: torch.dtype) -> tuple[int, int, int]:

@@ -84,6 +84,15 @@ def meets_state(sequence, extent, vision, direction: tl.constexpr, row, steps, c
     return meets
 
 
+@triton.jit
+def both_ones(ones, other, columns, BOTH: tl.constexpr):
+    """Return the denominators' states [K, 16]: the forward one in column 0, the backward one in column 1."""
+    tile = tl.where((columns == 0)[None], tl.load(ones)[:, None], 0.0)
+    if BOTH:
+        tile += tl.where((columns == 1)[None], tl.load(ones + other)[:, None], 0.0)
+    return tile
+
+
 @triton.jit(do_not_specialize=["length", "chunks", "B"])
 def mix_chunks(
     c,
@@ -143,7 +152,7 @@ def mix_chunks(
     steps = chunk * Q + tl.arange(0, Q)
     inside = steps < length
     tokens = tokens_at(order, row, steps, length)
-    ks, ps, ones_column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_P), tl.arange(0, 16) == 0
+    ks, ps, columns = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_P), tl.arange(0, 16)
     padded = chunks * Q
     queries = c + row.to(tl.int64) * c_row + decay * R * c_head + tokens[:, None] * c_token + ks[None]
     keys = b + row.to(tl.int64) * b_row + group * b_head + tokens[None] * b_token + ks[:, None]
@@ -168,34 +177,27 @@ def mix_chunks(
     if KEPT:
         key = tl.load(keys, mask=inside[None] & (ks < K)[:, None], other=0).to(DOT)
         state = tl.load(state_tile).to(DOT)
-        if DENOMINATOR:
-            one = tl.where(ones_column[None], tl.load(ones_tile)[:, None], 0.0).to(DOT)
         if BOTH:
             back_state = tl.load(state_tile + other * size).to(DOT)
-            if DENOMINATOR:
-                back_one = tl.where(
-                    ones_column[None], tl.load(ones_tile + other * PADDED_K)[:, None], 0.0
-                ).to(DOT)
+        if DENOMINATOR:
+            one = both_ones(ones_tile, other * PADDED_K, columns, BOTH).to(DOT)
 
     for r in tl.range(R, num_stages=STAGES if KEPT else 1):
         mixed = tl.zeros([Q, BLOCK_P], tl.float32)
-        total = tl.zeros([Q, 16], tl.float32)
         if KEPT:
             query = tl.load(queries + r * c_head, mask=inside[:, None] & (ks < K)[None], other=0).to(DOT)
             scores = tl.dot(query, key, input_precision=PRECISION) * weight
             if DENOMINATOR:
                 divisor = tl.sum(scores, 1)
+                total = tl.dot(query, one, input_precision=PRECISION)
             weighed = scores.to(DOT)
             if BOTH:
                 mixed = tl.dot(query, back_state, input_precision=PRECISION) * right[:, None]
-                if DENOMINATOR:
-                    total = tl.dot(query, back_one, input_precision=PRECISION) * right[:, None]
             reached = (query.to(tl.float32) * left[:, None]).to(DOT)
             mixed = tl.dot(reached, state, mixed, input_precision=PRECISION)
-            if DENOMINATOR:
-                total = tl.dot(reached, one, total, input_precision=PRECISION)
         else:
             scores = tl.zeros([Q, Q], tl.float32)
+            total = tl.zeros([Q, 16], tl.float32)
             if BOTH:
                 for some in tl.range(0, PADDED_K, BLOCK_K, num_stages=STAGES):
                     query = tl.load(
@@ -203,12 +205,7 @@ def mix_chunks(
                     ).to(DOT)
                     state = tl.load(state_tile + other * size + some * BLOCK_P).to(DOT)
                     mixed = tl.dot(query, state, mixed, input_precision=PRECISION)
-                    if DENOMINATOR:
-                        one = tl.load(ones_tile + other * PADDED_K + some)
-                        one = tl.where(ones_column[None], one[:, None], 0.0).to(DOT)
-                        total = tl.dot(query, one, total, input_precision=PRECISION)
                 mixed *= right[:, None]
-                total *= right[:, None]
             for some in tl.range(0, PADDED_K, BLOCK_K, num_stages=STAGES):
                 query = tl.load(
                     queries + r * c_head + some, mask=inside[:, None] & (some + ks < K)[None], other=0
@@ -219,8 +216,8 @@ def mix_chunks(
                 reached = (query.to(tl.float32) * left[:, None]).to(DOT)
                 mixed = tl.dot(reached, state, mixed, input_precision=PRECISION)
                 if DENOMINATOR:
-                    one = tl.where(ones_column[None], tl.load(ones_tile + some)[:, None], 0.0).to(DOT)
-                    total = tl.dot(reached, one, total, input_precision=PRECISION)
+                    one = both_ones(ones_tile + some, other * PADDED_K, columns, BOTH).to(DOT)
+                    total = tl.dot(query, one, total, input_precision=PRECISION)
             scores *= weight
             if DENOMINATOR:
                 divisor = tl.sum(scores, 1)
@@ -228,7 +225,9 @@ def mix_chunks(
         mixed = tl.dot(weighed, value, mixed, input_precision=PRECISION)
         place = (row.to(tl.int64) * length + tokens) * H + decay * R + r
         if DENOMINATOR:
-            divisor += tl.sum(total, 1)
+            divisor += tl.sum(tl.where((columns == 0)[None], total, 0.0), 1) * left
+            if BOTH:
+                divisor += tl.sum(tl.where((columns == 1)[None], total, 0.0), 1) * right
             mixed /= tl.maximum(divisor, floor)[:, None]
             tl.store(denominators + place, divisor, mask=inside)
         tl.store(

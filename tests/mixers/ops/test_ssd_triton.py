@@ -1,0 +1,292 @@
+"""The Triton backend of the SSD scan gives what the reference gives in fp64: values, states, every gradient.
+
+Interpreted on small inputs where there is no GPU; on a GPU the same at sizes and in types that matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mixers import TokenLayout
+from mixers.layout import Scan
+from mixers.ops import ssd, triton_support
+from mixers.scan import ROTARY_MAJOR_SCAN
+from tests.helpers import assert_close
+from tests.mixers.strategies import Rows, rows
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+few = settings(max_examples=3)
+
+pytestmark = pytest.mark.skipif(
+    triton_support.unavailable() is not None, reason="kernels run on a GPU or interpreted"
+)
+
+
+@pytest.fixture(autouse=True)
+def _full_precision() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.fixture
+def small_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut so finely that a few dozen tokens span chunks, segments and tiles."""
+    from mixers.ops.ssd.triton import backward, forward
+    from mixers.ops.ssd.triton.launch import Cut, Run, padded
+
+    def cut(width: int, values: int, *_: object) -> Cut:
+        run, k = Run(16, 4, 1), padded(width)
+        return Cut(16, k, padded(values), run, run, run, run, Run(k, 4, 1))
+
+    monkeypatch.setattr(forward, "forward_cut", cut)
+    monkeypatch.setattr(backward, "backward_cut", cut)
+    monkeypatch.setattr(forward, "chunks_of_segment", lambda lines, chunks: 2)
+
+
+def draw(
+    shape: tuple[int, int], heads: tuple[int, int], width: int, values: int, per_head: bool, positive: bool
+) -> list[Tensor]:
+    """c, b, x, and (log_a, dt) of both directions, fp64; decays from near 0 to near 1."""
+    generator = torch.Generator().manual_seed(sum(shape) + width)
+
+    def normal(*tail: int) -> Tensor:
+        return torch.randn(*shape, *tail, generator=generator, dtype=torch.float64)
+
+    h, g = heads
+    c, b, x = normal(h, width) * width**-0.5, normal(g, width), normal(g, values)
+    if positive:
+        c, b = c.softmax(-1), b.softmax(-1)
+    decays = [-(2 * normal(h if per_head else g)).exp() if i % 2 == 0 else normal(h if per_head else g).exp() for i in range(4)]
+    return [c, b, x, *decays]
+
+
+def compare(
+    inputs: list[Tensor],
+    scan: Scan,
+    valid: Tensor | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    both: bool = True,
+    denominator: bool = False,
+    start: bool = False,
+    gradients: bool = True,
+) -> None:
+    """Run both backends, the reference in fp64 on what the kernel is given, and compare all they return."""
+    given_ = [t.to(dtype) for t in inputs[:3]] + [t.float() for t in inputs[3:]]
+    batch, width, values, states = len(inputs[0]), inputs[1].shape[3], inputs[2].shape[3], inputs[3].shape[2]
+    first = torch.rand(batch, states, width, values + denominator) if start else None
+    if first is not None:
+        given_.append(first)
+
+    def run(tensors: list[Tensor], backend: str) -> list[Tensor]:
+        leaves = [t.to(DEVICE).requires_grad_(gradients) for t in tensors]
+        y, last = ssd(
+            *leaves[:3],
+            tuple(leaves[3:5]),
+            tuple(leaves[5:7]) if both else None,
+            scan=scan,
+            denominator=denominator,
+            initial_state=leaves[7] if start else None,
+            backend=backend,
+        )
+        if valid is not None:
+            y = y * valid.to(DEVICE)[..., None, None]
+        if not gradients:
+            return [y, last]
+        weigh = [torch.cos(torch.arange(t.numel(), device=DEVICE)).view(t.shape).to(t) for t in (y, last)]
+        loss = (y * weigh[0]).sum() + (last * weigh[1]).sum()
+        used = leaves if both else [*leaves[:5], *leaves[7:]]
+        found = torch.autograd.grad(loss, used, allow_unused=True)
+        return [y, last, *(torch.zeros_like(t) if g is None else g for g, t in zip(found, used))]
+
+    expected = run([t.double() for t in given_], "reference")
+    found = run(given_, "triton")
+    names = ["y", "state", "c", "b", "x", "log_a", "dt"]
+    names += (["log_a'", "dt'"] if both else []) + (["first state"] if start else [])
+    for name, want, got in zip(names, expected, found):
+        assert_close(name, want, got, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["kv_head", "head"])
+@pytest.mark.parametrize("denominator", [False, True], ids=["sum", "mean"])
+@few
+@given(
+    rows=rows(max_batch=2, holes=True),
+    heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    axes=st.sampled_from(ROTARY_MAJOR_SCAN),
+    both=st.booleans(),
+    start=st.booleans(),
+)
+def test_values_and_gradients(
+    per_head: bool, denominator: bool, rows: Rows, heads: tuple[int, int], axes: str, both: bool, start: bool
+) -> None:
+    inputs = draw(rows.shape, heads, 40, 10, per_head, positive=denominator)
+    scan = rows.layout.to(DEVICE).scan(axes)
+    compare(inputs, scan, rows.valid, both=both, denominator=denominator, start=start)
+
+
+LAYOUTS: dict[str, Callable[[int], TokenLayout]] = {
+    "text": lambda n: TokenLayout.text(1, n),
+    "one clip": lambda n: TokenLayout.from_grids(n, [[(0, (n // 6, 2, 3))]]),
+    "tiny clips": lambda n: TokenLayout.from_grids(n, [[(4 * i, (1, 1, 3)) for i in range(n // 4)]]),
+    "padded": lambda n: TokenLayout.from_grids(
+        n, [[(n // 2, (2, 2, n // 16))]], valid=(torch.arange(n) >= n // 3)[None]
+    ),
+    "packed": lambda n: TokenLayout.from_grids(
+        n, [[(n // 2, (2, 2, n // 16))]], sequence=((torch.arange(n) * 5) // (2 * n))[None]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_several_chunks_and_segments(kind: str, small_cuts: None) -> None:
+    n = 96
+    layout = LAYOUTS[kind](n).to(DEVICE)
+    inputs = draw((1, n), (2, 1), 20, 17, False, positive=True)
+    compare(inputs, layout.scan("wht"), layout.valid, denominator=True, start=True)
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17])
+def test_short_rows(length: int, small_cuts: None) -> None:
+    inputs = draw((2, length), (2, 1), 8, 16, True, positive=False)
+    compare(inputs, TokenLayout.text(2, length, device=DEVICE).scan(), None, both=False, start=True)
+
+
+def test_empty_row() -> None:
+    inputs = [t.float().to(DEVICE) for t in draw((1, 0), (2, 1), 8, 16, False, positive=False)]
+    y, state = ssd(*inputs[:3], tuple(inputs[3:5]), backend="triton")
+    assert y.shape == (1, 0, 2, 16)
+    assert not state.any()
+
+
+def test_views_are_read_as_they_stand() -> None:
+    """Inputs are often split from one projection: strided, and here transposed too."""
+    joint = torch.randn(1, 24, 4, 16, device=DEVICE)
+    c, b, x = joint.split([2, 1, 1], dim=2)
+    decay = (-torch.rand(1, 1, 24, device=DEVICE).mT, torch.rand(1, 1, 24, device=DEVICE).mT)
+    whole = [t.contiguous() for t in (c, b, x)]
+    for views in ((c, b, x), [t.mT.contiguous().mT for t in (c, b, x)]):
+        found = ssd(*views, decay, backend="triton")[0]
+        assert torch.equal(found, ssd(*whole, decay, backend="triton")[0])
+
+
+def test_lower_precision_is_refused_nowhere_and_fp64_everywhere() -> None:
+    from mixers import BackendError
+
+    inputs = draw((1, 8), (2, 1), 8, 16, False, positive=False)
+    with pytest.raises(BackendError, match="float64"):
+        ssd(*(t.to(DEVICE) for t in inputs[:3]), tuple(t.to(DEVICE) for t in inputs[3:5]), backend="triton")
+    wide = torch.zeros(1, 8, 2, 512, device=DEVICE)
+    with pytest.raises(BackendError, match="at most 256 by 128"):
+        ssd(wide, wide, wide, (wide[..., 0], wide[..., 0]), backend="triton")
+
+
+@pytest.fixture
+def scanned() -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """A function of c through the op, and c."""
+    layout = TokenLayout.from_grids(24, [[(3, (2, 2, 3))]]).to(DEVICE)
+    scan = layout.scan("wht")
+    c, b, x, *decays = (t.float().to(DEVICE) for t in draw((1, 24), (2, 1), 16, 16, False, positive=False))
+
+    def run(c: Tensor) -> Tensor:
+        return ssd(c, b, x, tuple(decays[:2]), tuple(decays[2:]), scan=scan, backend="triton")[0]
+
+    yield run, c
+
+
+def test_compiles_without_a_break(scanned: tuple[Callable[[Tensor], Tensor], Tensor]) -> None:
+    run, c = scanned
+    plain, traced = c.clone().requires_grad_(), c.clone().requires_grad_()
+    run(plain).sin().sum().backward()
+    torch.compile(lambda t: run(t).sin().sum(), fullgraph=True, backend="aot_eager")(traced).backward()
+    assert_close("gradient", plain.grad, traced.grad, 1e-6)
+
+
+def test_checkpointing_gives_the_same_bits(scanned: tuple[Callable[[Tensor], Tensor], Tensor]) -> None:
+    run, c = scanned
+    plain, again = c.clone().requires_grad_(), c.clone().requires_grad_()
+    run(plain).sin().sum().backward()
+    torch.utils.checkpoint.checkpoint(run, again, use_reentrant=False).sin().sum().backward()
+    assert torch.equal(plain.grad, again.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("per_head", [False, True], ids=["kv_head", "head"])
+@pytest.mark.parametrize("denominator", [False, True], ids=["sum", "mean"])
+@pytest.mark.parametrize("length", [1000, 4099])
+def test_on_the_chip(kind: str, dtype: torch.dtype, per_head: bool, denominator: bool, length: int) -> None:
+    n = length // 12 * 12
+    layout = LAYOUTS[kind](n).to(DEVICE)
+    inputs = draw((1, n), (8, 2), 64, 64, per_head, positive=denominator)
+    compare(
+        inputs, layout.scan("hwt"), layout.valid, dtype=dtype, denominator=denominator, start=True
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("width", "values"), [(16, 32), (32, 64), (64, 96), (96, 128), (128, 128), (256, 128), (200, 40)]
+)
+@pytest.mark.parametrize("heads", [(28, 4, False), (6, 2, True)], ids=str)
+def test_widths_on_the_chip(
+    dtype: torch.dtype, width: int, values: int, heads: tuple[int, int, bool]
+) -> None:
+    n = 1344
+    layout = TokenLayout.from_grids(n, [[(7, (5, 16, 16))]]).to(DEVICE)
+    for denominator in (False, True):
+        inputs = draw((1, n), heads[:2], width, values, heads[2], positive=denominator)
+        compare(inputs, layout.scan("wht"), None, dtype=dtype, denominator=denominator)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_twice() -> None:
+    n = 20_000
+    layout = TokenLayout.from_grids(n, [[(7, (70, 16, 16))]]).to(DEVICE)
+    inputs = [t.to(DEVICE, torch.bfloat16) for t in draw((1, n), (28, 4), 128, 128, False, positive=False)]
+
+    def gradients() -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        y, _ = ssd(*leaves[:3], tuple(leaves[3:5]), tuple(leaves[5:]), scan=layout.scan("wht"), backend="triton")
+        return [y, *torch.autograd.grad(y.float().square().sum(), leaves)]
+
+    for one, two in zip(gradients(), gradients()):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.gpu
+def test_a_million_tokens() -> None:
+    """Offsets beyond 2³¹: the last packed sequence of a row of 2²⁰ tokens is as it is alone."""
+    n, tail = 2**20, 3000
+    sequence = (torch.arange(n, device=DEVICE) >= n - tail).long()[None]
+    layout = TokenLayout.from_grids(n, [[(5, (1000, 32, 32)), (n - tail + 9, (10, 16, 16))]], sequence=sequence.cpu())
+    alone = TokenLayout.from_grids(tail, [[(9, (10, 16, 16))]]).to(DEVICE)
+    layout = layout.to(DEVICE)
+    h, g, p = 28, 4, 128
+
+    def normal(*tail_shape: int) -> Tensor:
+        return torch.randn(1, n, *tail_shape, device=DEVICE, dtype=torch.bfloat16)
+
+    c, b, x = normal(h, p) * p**-0.5, normal(g, p), normal(g, p)
+    decays = [-normal(g).float().exp(), normal(g).float().exp()] * 2
+    leaves = [t.requires_grad_() for t in (c, b, x, *decays)]
+    y, _ = ssd(*leaves[:3], tuple(leaves[3:5]), tuple(leaves[5:]), scan=layout.scan("wht"), backend="triton")
+    y[:, -tail:].float().square().sum().backward()
+    exact = [t.detach()[:, -tail:].double().requires_grad_() for t in leaves]
+    want, _ = ssd(
+        *exact[:3], tuple(exact[3:5]), tuple(exact[5:]), scan=alone.scan("wht"), backend="reference"
+    )
+    grads = torch.autograd.grad(want, exact, 2 * y.detach()[:, -tail:].double())
+    assert_close("y", want, y[:, -tail:], 1e-2)
+    for want, leaf in zip(grads, leaves):
+        assert not leaf.grad[:, :-tail].any()
+        assert_close("gradient", want, leaf.grad[:, -tail:], 1e-2)
