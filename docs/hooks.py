@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from recipes.bench.bars import BARS, best_at, summed
 from recipes.results import Results, show
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 NOT_MEASURED = "Not measured yet: there is no `docs/results/demo.json`. `make demo` makes one."
+KERNELS, TRIED = "ops_h100", "ops_tried"
+OWN_PAGE = {KERNELS, TRIED}
+"""Results files that are shown on a page of their own."""
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):<code>(~?)([\w.]+)</code>")
 README_TABLE = re.compile(r"(?<=<!-- docs/results/demo.json -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -35,7 +39,12 @@ def on_config(config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill the pages whose content is computed."""
-    computed = {"results/index.md": results_page, "reference/command.md": command_page}
+    computed = {
+        "results/index.md": results_page,
+        "results/kernels.md": kernels_page,
+        "guides/kernels.md": kernels_evidence,
+        "reference/command.md": command_page,
+    }
     make = computed.get(page.file.src_uri)
     return markdown if make is None else f"{markdown}\n\n{make()}"
 
@@ -55,6 +64,8 @@ def results_page(folder: Path = RESULTS) -> str:
     """Write every results file of a folder as Markdown."""
     parts = [NOT_MEASURED] if not (folder / "demo.json").exists() else []
     for path in sorted(folder.glob("*.json")):
+        if path.stem in OWN_PAGE:
+            continue
         results = Results.read(path)
         parts.append(f"## {path.stem}")
         if path.with_suffix(".png").exists():
@@ -62,10 +73,68 @@ def results_page(folder: Path = RESULTS) -> str:
         parts.append(table([{"figure": f"`{name}`", "value": v} for name, v in results.figures.items()]))
         if results.rows:
             parts.append(table(results.rows))
-        versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-        commit = f", commit `{results.commit[:12]}`" if results.commit else ""
-        parts.append(f"`{results.command}` on {results.device}, {results.date[:10]}{commit}; {versions}.")
+        parts.append(made_by(results))
     return "\n\n".join(parts)
+
+
+def made_by(results: Results) -> str:
+    """Say which command made a file, on what."""
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    commit = f", commit `{results.commit[:12]}`" if results.commit else ""
+    return f"`{results.command}` on {results.device}, {results.date[:10]}{commit}; {versions}."
+
+
+def kernels_page(folder: Path = RESULTS) -> str:
+    """Write what the kernels reach: the bars, the picture, ours and others' times, what is missing."""
+    results = _read(folder, KERNELS)
+    if results is None:
+        return _absent(KERNELS)
+    why = tried.figures if (tried := _read(folder, TRIED)) else {}
+    bars = [
+        {
+            "what": bar.what,
+            "figure": f"`{bar.figure}`",
+            "bar": f"{'≥' if bar.higher else '≤'} {show(bar.bar)}",
+            "stretch": "" if bar.stretch is None else show(bar.stretch),
+            "measured": results.figures.get(bar.figure),
+            "verdict": bar.verdict(results.figures.get(bar.figure)),
+            "why": why.get(bar.figure, ""),
+        }
+        for bar in BARS
+    ]
+    speed = [row for row in results.rows if row["table"] == "speed" and row["tokens"]]
+    missing = [row for row in results.rows if row["table"] == "speed" and row.get("note")]
+    absent = list(dict.fromkeys((row["op"], row["by"], row["note"]) for row in missing))
+    columns = ("op", "by", "tokens", "fwd_ms", "fwd_bwd_ms", "peak_mib", "bytes_ms", "products_ms", "error")
+    parts = ["## What they must reach", table(bars)]
+    if (folder / f"{KERNELS}.png").exists():
+        parts.append(f"![{KERNELS}]({KERNELS}.png)")
+    parts += ["## Beside the best correct peer and the limit", table(best_at(results.rows))]
+    parts += ["## Every time", table([{key: row.get(key) for key in columns} for row in speed])]
+    if absent:
+        names = ("op", "by", "what is missing, and why")
+        parts += ["## What is missing", table([dict(zip(names, row)) for row in absent])]
+    machine = [row for row in results.rows if row["table"] == "machine"]
+    parts += ["## The machine", table([{k: v for k, v in row.items() if k != "table"} for row in machine])]
+    return "\n\n".join([*parts, made_by(results)])
+
+
+def kernels_evidence(folder: Path = RESULTS) -> str:
+    """Write the errors of the kernels, and what was tried on the way to them."""
+    results, tried = _read(folder, KERNELS), _read(folder, TRIED)
+    checks = [row for row in results.rows if row["table"] == "check"] if results else []
+    errors = [table(summed(checks)), made_by(results)] if results and checks else [_absent(KERNELS)]
+    story = [table(tried.rows), made_by(tried)] if tried else [_absent(TRIED)]
+    return "\n\n".join(["## Errors", *errors, "## What was tried, and what it gave", *story])
+
+
+def _read(folder: Path, name: str) -> Results | None:
+    path = folder / f"{name}.json"
+    return Results.read(path) if path.exists() else None
+
+
+def _absent(name: str) -> str:
+    return f"Not measured yet: there is no `docs/results/{name}.json`."
 
 
 def command_page() -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blocks:
     """Groups of queries and the keys that each group may look at, as gather tables.
 
@@ -22,6 +22,7 @@ class Blocks:
             sees all of its keys.
         stop: int32 [M, Q]: one more than the last key slot that a query looks at; None likewise.
         count: How many slots of ``queries`` are filled, where that is known.
+        idle: int [U] flat indices of the tokens that are no query, where they are known.
         transposed: The same pairs with the roles exchanged, its ``queries`` being every key that some
             query looks at. Gradients of keys are computed by it; where ``first`` is given, only a
             table made while gradients were enabled has it.
@@ -32,6 +33,7 @@ class Blocks:
     first: Tensor | None = None
     stop: Tensor | None = None
     count: int | None = None
+    idle: Tensor | None = None
     transposed: Blocks | None = None
 
     @property
@@ -80,9 +82,14 @@ def window_blocks(
     members[window[by_window], place] = tokens[by_window]
     queries = _narrow(members, shape[0] * shape[1])
     later = members + (members // shape[1] + 1) * history
-    keys = _narrow(later.masked_fill(members < 0, -1), shape[0] * (history + shape[1])) if history else queries
+    keys = (
+        _narrow(later.masked_fill(members < 0, -1), shape[0] * (history + shape[1])) if history else queries
+    )
     transposed = Blocks(keys, queries, count=len(tokens))
-    return Blocks(queries, keys, count=len(tokens), transposed=transposed)
+    looks = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=tokens.device).index_fill(
+        0, tokens, True
+    )
+    return Blocks(queries, keys, count=len(tokens), idle=_absent(looks), transposed=transposed)
 
 
 def recent_blocks(
@@ -145,15 +152,16 @@ def recent_blocks(
             _narrow(others, batch * length),
             low,
             high,
-            int(seen.sum()),
+            count=int(seen.sum()),
         )
     return Blocks(
         _narrow(tokens, batch * length),
         _narrow(keys, batch * (history + length)),
         first,
         stop,
-        int(query.sum()),
-        transposed,
+        count=int(query.sum()),
+        idle=_absent(query),
+        transposed=transposed,
     )
 
 
@@ -235,6 +243,10 @@ def _banded(
     own = spread(row * length + order.flatten()[flat], -1)
     asked = (own >= 0).any(0)
     return own[:, asked], around[:, left:right].contiguous(), first[:, asked], stop[:, asked]
+
+
+def _absent(members: Tensor) -> Tensor:
+    return _narrow((~members).flatten().nonzero().flatten(), members.numel())
 
 
 def _narrow(table: Tensor, indices: int) -> Tensor:

@@ -207,9 +207,7 @@ class TokenLayout:
         """
         if self.clip is None:
             return None
-        return self._kept(
-            ("windows", size, shifted, history), lambda: self._windows(size, shifted, history)
-        )
+        return self._kept(("windows", size, shifted, history), lambda: self._windows(size, shifted, history))
 
     def recent(self, window: int, *, text_only: bool, history: int = 0) -> Blocks | None:
         """Group tokens with the last ``window`` valid tokens up to each, themselves included.

@@ -14,7 +14,7 @@ from mixers.decay import Decay
 from mixers.errors import ConfigError
 from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
 from mixers.layout import Scan, TokenLayout
-from mixers.ops import finish, short_conv, ssd, ssd_step
+from mixers.ops import feature_map, finish, short_conv, ssd, ssd_step
 from mixers.registry import register
 from mixers.rotary import apply_rotary
 
@@ -156,22 +156,27 @@ class Mamba2(TokenMixer):
     def _convolve(
         self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scan: Scan, state: MixerState | None
     ) -> tuple[Tensor, ...]:
-        """Convolve q, k and v, each where it stands: joining them would copy all."""
+        """Convolve q, k and v, each where it stands: joining them would copy all but a single token."""
         parts = [t.flatten(2) for t in (q, k, v)]
         widths = [t.shape[2] for t in parts]
+        single = q.shape[1] == 1
+        if single:
+            parts = [torch.cat(parts, dim=2)]
+        sizes = [t.shape[2] for t in parts]
         histories: Sequence[Tensor | None] = [None] * len(parts)
         if state is not None and "conv" in state:
-            goes_on = torch.ones(len(q), dtype=torch.bool, device=q.device)
+            history = state["conv"].to(q.dtype, copy=True)
             for table, edge in ((layout.valid, False), (layout.vision, True)):
                 if table is not None:
-                    goes_on = goes_on & (table[:, 0] != edge)
-            history = (state["conv"] * goes_on[:, None, None]).to(q.dtype)
+                    history = history * (table[:, 0] != edge)[:, None, None]
             self._remember_inputs(state["conv"], history, parts, layout, scan)
-            histories = history.split(widths, dim=2)
-        mixed = [
+            histories = history.split(sizes, dim=2)
+        mixed: Sequence[Tensor] = [
             short_conv(part, weight, scan=scan, history=before)
-            for part, weight, before in zip(parts, self.conv_weight.split(widths), histories)
+            for part, weight, before in zip(parts, self.conv_weight.split(sizes), histories)
         ]
+        if single:
+            mixed = mixed[0].split(widths, dim=2)
         return tuple(t.unflatten(-1, (-1, self.head_dim)) for t in mixed)
 
     @torch.no_grad()
@@ -191,12 +196,7 @@ class Mamba2(TokenMixer):
 
     def _features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.feature_map == "softmax":
-            q, k = (
-                torch.einsum("bnhp,hpr->bnhr", q, self.c_map),
-                torch.einsum("bngp,gpr->bngr", k, self.b_map),
-            )
-            q, k = (torch.cat([t.softmax(-1), (-t).softmax(-1)], dim=-1) for t in (q, k))
-            return q, k
+            return feature_map(q, self.c_map), feature_map(k, self.b_map)
         if self.config.feature_map == "l2":
             wide = torch.promote_types(q.dtype, torch.float32)  # fp16 has no epsilon small enough
             q, k = (F.normalize(t.to(wide), dim=-1).to(t.dtype) for t in (q, k))

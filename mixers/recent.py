@@ -119,13 +119,11 @@ def _with_history(
 
 
 @torch.no_grad()
-def _remember(
-    state: MixerState, k: Tensor, v: Tensor, valid: Tensor | None, rotary: Rotary | None
-) -> None:
+def _remember(state: MixerState, k: Tensor, v: Tensor, valid: Tensor | None, rotary: Rotary | None) -> None:
     """Keep the newest valid tokens, their keys rotated."""
     slots, length = state["k"].shape[1], k.shape[1]
     state["seen"] += length if valid is None else valid.sum(1)
-    if not slots:
+    if not slots or not length:
         return
     if valid is None:
         newest = torch.arange(length, length + slots, device=k.device).expand(k.shape[0], -1)

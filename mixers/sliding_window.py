@@ -48,9 +48,7 @@ class SlidingWindow(TokenMixer):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to recent tokens; see :meth:`TokenMixer.mix_heads`."""
         window = self.config.window
-        return recent_attention(
-            q, k, v, layout, state, window=window, scale=self.scale, rotary=rotary
-        ), None
+        return recent_attention(q, k, v, layout, state, window=window, scale=self.scale, rotary=rotary), None
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None

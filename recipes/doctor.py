@@ -32,10 +32,11 @@ REQUIRED = (
     "rich",
 )
 OPTIONAL = {
-    "triton": ("triton", "the compiler of GPU kernels", "triton"),
+    "triton": ("triton", "the compiler of linmu's GPU kernels", "triton"),
     "mamba-ssm": ("mamba_ssm", "Mamba2's own SSD kernels, to compare with", "mamba"),
     "causal-conv1d": ("causal_conv1d", "a short-convolution kernel, to compare with", "mamba"),
-    "xformers": ("xformers.ops", "memory-efficient attention, to compare with", "xformers"),
+    "flash-linear-attention": ("fla", "scan kernels, to compare with", None),
+    "xformers": ("xformers.ops", "a backend of the windows, by name", "xformers"),
     "torchvision": ("torchvision", "the video processors of transformers", "vision"),
     "timm": ("timm", "vision towers that come from timm", "vision"),
     "matplotlib": ("matplotlib", "pictures (--plot, linmu demo)", "demo"),
@@ -44,7 +45,7 @@ OPTIONAL = {
     "datasets": ("datasets", "datasets from files and hubs", "eval"),
     "gguf": ("gguf", "teachers stored as GGUF (SmolLM2)", "eval"),
 }
-"""Distribution → (module, what it gives, extra of linmu that installs it)."""
+"""Distribution → (module, what it gives, extra of linmu that installs it; None: it is installed by itself)."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def examine() -> Iterator[tuple[str, list[Finding]]]:
     """Yield (heading, findings) section by section; nothing is installed, changed or downloaded."""
     yield "required", [_python(), *map(_required, REQUIRED)]
     yield "device", _device()
-    yield "linmu", [_try("backends", _backends), _try("round trip", _round_trip)]
+    yield "backends", _backends()
+    yield "linmu", [_try("round trip", _round_trip)]
     yield "optional", [_optional(name, *about) for name, about in OPTIONAL.items()]
 
 
@@ -110,8 +112,9 @@ def _required(name: str) -> Finding:
         return Finding(name, _absent_or_broken(module), _line(error), f"pip install {name}", True)
 
 
-def _optional(name: str, module: str, gives: str, extra: str) -> Finding:
-    remedy = f'{gives}; pip install "linmu[{extra}]"'
+def _optional(name: str, module: str, gives: str, extra: str | None) -> Finding:
+    wanted = name if extra is None else f'"linmu[{extra}]"'
+    remedy = f"{gives}; pip install {wanted}"
     try:
         importlib.import_module(module)
         return Finding(name, "ok", version(name), gives)
@@ -161,10 +164,24 @@ def _try(part: str, check: Callable[[], str]) -> Finding:
         return Finding(part, "broken", _line(error), required=True)
 
 
-def _backends() -> str:
-    import mixers
+def _backends() -> list[Finding]:
+    """Say for each op what would run, and why the others would not; nothing is run."""
+    try:
+        import mixers
 
-    return "\n".join(str(report) for report in mixers.backends().values())
+        reports = mixers.backends()
+    except Exception as error:
+        return [Finding("backends", "broken", _line(error), required=True)]
+    return [
+        Finding(
+            name,
+            "ok" if report.runs else "broken",
+            report.runs or "nothing can run",
+            "\n".join(f"not {other}: {why}" for other, why in report.reasons.items()),
+            required=True,
+        )
+        for name, report in reports.items()
+    ]
 
 
 def _round_trip() -> str:

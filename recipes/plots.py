@@ -99,8 +99,9 @@ def ops(path: Path | str, title: str, rows: Sequence[Row]) -> None:
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     machine = next(row for row in reversed(rows) if row["table"] == "machine")
     draw_roofline(panels[0], points(rows), machine["copy_tb_per_second"], machine["matmul_tflops"])
+    colours = dict(zip(dict.fromkeys(row["by"] for row in speed), itertools.cycle(COLOURS)))
     for axes, op in zip(panels[1:], grown):
-        draw_times(axes, [row for row in speed if row["op"] == op], op)
+        draw_times(axes, [row for row in speed if row["op"] == op], op, colours)
     for axes in panels[1 + len(grown) :]:
         axes.remove()
     figure.suptitle(title, fontweight="bold")
@@ -175,16 +176,15 @@ def draw_scaling(axes: Axes, rows: Sequence[Row], value: str, label: str, by: st
 def draw_roofline(axes: Axes, points: Sequence[Row], bandwidth: float, rate: float) -> None:
     """What ops reach below the two ceilings: the bandwidth (TB/s) and the matrix rate (TFLOP/s)."""
     intensities = [point["intensity"] for point in points]
-    low, high = min([1.0, *intensities]) / 2, max([4 * rate / bandwidth, *intensities]) * 2
     ridge = rate / bandwidth
+    low, high = min([ridge, *intensities]) / 8, max([ridge, *intensities]) * 8
     axes.plot([low, ridge, high], [low * bandwidth, rate, rate], color=INK, linewidth=2)
     axes.annotate(
         f"{bandwidth:.3g} TB/s",
-        (low * 1.3, low * 1.3 * bandwidth),
+        (low * 1.5, low * 1.3 * bandwidth),
         color=GREY,
         fontsize=8.5,
-        ha="left",
-        va="bottom",
+        va="top",
     )
     axes.annotate(f"{rate:.3g} TFLOP/s", (high, rate), color=GREY, fontsize=8.5, ha="right", va="bottom")
     names = list(dict.fromkeys(point["op"] for point in points))
@@ -205,26 +205,20 @@ def draw_roofline(axes: Axes, points: Sequence[Row], bandwidth: float, rate: flo
     axes.set_xlabel("operations a byte, at the fewest bytes")
     axes.set_title("forward, TFLOP/s (filled: ours; hollow: best peer)", fontsize=10.5)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8.5, loc="lower right")
+    if names:
+        axes.legend(frameon=False, fontsize=8.5, loc="lower right")
 
 
-def draw_times(axes: Axes, rows: Sequence[Row], title: str) -> None:
-    """Time over tokens, log-log: solid forward, dashed forward + backward; one colour an implementation."""
-    names = list(dict.fromkeys(row["by"] for row in rows))
-    for name, colour, marker in zip(names, itertools.cycle(COLOURS), itertools.cycle(MARKERS)):
+def draw_times(axes: Axes, rows: Sequence[Row], title: str, colours: Mapping[str, str]) -> None:
+    """Time over tokens, log-log: solid forward, dashed forward + backward; a colour an implementation."""
+    names = dict.fromkeys(row["by"] for row in rows)
+    for name, marker in zip(names, itertools.cycle(MARKERS)):
         for value, style in (("fwd_ms", "-"), ("fwd_bwd_ms", "--")):
             points = [(row["tokens"], row[value]) for row in rows if row["by"] == name and row.get(value)]
             if points:
-                label = name if value == "fwd_ms" else None
-                axes.plot(
-                    *zip(*points),
-                    style,
-                    color=colour,
-                    marker=marker,
-                    markersize=4,
-                    linewidth=1.6,
-                    label=label,
-                )
+                (line,) = axes.plot(*zip(*points), style, color=colours[name], marker=marker, markersize=4)
+                if value == "fwd_ms":
+                    line.set_label(name)
     lengths = sorted({row["tokens"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [_thousands(n) for n in lengths])

@@ -1,6 +1,7 @@
 """The operations under the mixers, each with a plain-torch reference."""
 
 from mixers.ops.dispatch import backends, use_backend
+from mixers.ops.feature_map import feature_map
 from mixers.ops.finish import finish
 from mixers.ops.gate import weighted_sum
 from mixers.ops.short_conv import short_conv
@@ -11,6 +12,7 @@ from mixers.ops.window_attention import block_attention
 __all__ = [
     "backends",
     "block_attention",
+    "feature_map",
     "finish",
     "short_conv",
     "ssd",

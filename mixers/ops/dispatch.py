@@ -12,7 +12,9 @@ from mixers.errors import BackendError, near
 
 ENVIRONMENT_VARIABLE = "LINMU_BACKEND"
 
-_chosen: list[str] = []  # no context variable: torch.compile cannot trace one, and backward runs in other threads
+_chosen: list[
+    str
+] = []  # no context variable: torch.compile cannot trace one, and backward runs in other threads
 _OPS: dict[str, Op] = {}
 
 
@@ -129,9 +131,23 @@ class OpReport:
         return f"{self.op}: {self.runs}{others}"
 
 
-def backends() -> dict[str, OpReport]:
-    """Say for every op which backend would run here, and why the others would not."""
-    return {name: op.report() for name, op in sorted(_OPS.items())}
+class Report(dict[str, OpReport]):
+    """Op → which of its backends would run here; printed, a paragraph an op."""
+
+    def __str__(self) -> str:
+        lines = []
+        for name, report in self.items():
+            lines.append(f"{name}: {report.runs or 'nothing can run'}")
+            lines += [f"    not {other}: {why}" for other, why in report.reasons.items()]
+        return "\n".join(lines)
+
+
+def backends() -> Report:
+    """Say for every op which backend would run here, and why the others would not.
+
+    A backend may still decline certain arguments, a type or a shape: then the next that can runs.
+    """
+    return Report({name: op.report() for name, op in sorted(_OPS.items())})
 
 
 @contextlib.contextmanager

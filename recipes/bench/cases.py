@@ -18,6 +18,7 @@ from mixers import TokenLayout
 from mixers.decay import INITIAL_DT, MEMORY_TOKENS
 from mixers.ops import (
     block_attention,
+    feature_map,
     finish,
     short_conv,
     ssd,
@@ -91,8 +92,8 @@ class Problem:
         """Draw [B, N, …] from a normal distribution; ``wide``: in fp32 at least."""
         generator = torch.Generator(self.layout.device).manual_seed(self.seed + offset)
         batch, length = self.layout.batch_size, self.layout.length
-        drawn = torch.randn(batch, length, *shape, generator=generator, device=self.layout.device)
-        return drawn.to(torch.promote_types(self.dtype, torch.float32) if wide else self.dtype)
+        dtype = torch.promote_types(self.dtype, torch.float32) if wide else self.dtype
+        return torch.randn(batch, length, *shape, generator=generator, device=self.layout.device, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,28 @@ def _conv(problem: Problem) -> Inputs:
     return Inputs((problem.random(channels), weight.to(problem.dtype)), {"scan": problem.layout.scan("wht")})
 
 
+def _features(problem: Problem) -> Inputs:
+    s = problem.shapes
+    generator = torch.Generator(problem.layout.device).manual_seed(problem.seed)
+    weight = torch.randn(s.heads, s.head_dim, s.head_dim, generator=generator, device=problem.layout.device)
+    return Inputs((heads_of(problem, state=False)[0], (weight * s.head_dim**-0.5).to(problem.dtype)), {})
+
+
+def _finish(problem: Problem) -> Inputs:
+    s = problem.shapes
+    y, _, v = heads_of(problem, state=False)
+    weight = problem.random(s.heads, s.head_dim, offset=6)[0, 0]
+    gate = problem.random(s.heads, s.head_dim, offset=7)
+    return Inputs((y, v, problem.random(s.heads, offset=8)[0, 0]), {"norm_weight": weight, "gate": gate})
+
+
+def _weighted_sum(problem: Problem) -> Inputs:
+    s = problem.shapes
+    ys = tuple(problem.random(s.heads, s.head_dim, offset=offset) for offset in range(2))
+    share = problem.random(1, 1, offset=2).sigmoid()
+    return Inputs((ys, (share, 1 - share)), {})
+
+
 def _step(problem: Problem) -> Inputs:
     s = problem.shapes
     now = [t[:, 0] for t in heads_of(problem)]
@@ -289,13 +312,14 @@ def _mixer(problem: Problem, **config: Any) -> Inputs:
             num_kv_heads=s.kv_heads,
             head_dim=s.head_dim,
             layer_idx=3,
+            norm_eps=1e-2,  # a row's first sums can be next to nothing; their direction is no test of a kernel
             **config,
         )
         for part in module.modules():
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 if hasattr(part, name):
                     delattr(part, name)
-    angle = problem.random(s.head_dim, offset=7, wide=True)
+    angle = problem.random(s.head_dim // 2, offset=7, wide=True).repeat(1, 1, 2)
     rotary = (angle.cos().to(problem.dtype), angle.sin().to(problem.dtype))
     q, k, v = heads_of(problem, state=False)
     module = module.to(problem.layout.device, problem.dtype)
@@ -311,7 +335,7 @@ def _mixer_products(problem: Problem, mean: bool) -> float:
 SCAN = ("c", "b", "x", "decay", "backward_decay")
 ATTENTION = ("q", "k", "v", "blocks")
 MIXER = ("weights", "x", "q", "k", "v", "layout")
-MIXER_OPS = WholeMixer(ssd, short_conv, block_attention, finish, weighted_sum)
+MIXER_OPS = WholeMixer(ssd, short_conv, block_attention, feature_map, finish, weighted_sum)
 
 
 def _ssd(about: str, axes: str, row: str = "video", **setting: Any) -> Case:
@@ -351,6 +375,30 @@ CASES: dict[str, Case] = {
         ("x", "weight"),
         lambda problem: 0.0,
         dense_conv,
+    ),
+    "feature_map": Case(
+        feature_map,
+        "softmax of both signs of a map of every query head",
+        "text",
+        _features,
+        ("x", "weight"),
+        lambda problem: problem.layout.length * 2 * problem.shapes.heads * problem.shapes.head_dim**2,
+    ),
+    "finish": Case(
+        finish,
+        "skip, norm and gate after a scan",
+        "text",
+        _finish,
+        ("y", "v", "skip"),
+        lambda problem: 0.0,
+    ),
+    "weighted_sum": Case(
+        weighted_sum,
+        "the gate over two branches",
+        "text",
+        _weighted_sum,
+        ("ys", "weights"),
+        lambda problem: 0.0,
     ),
     "step": Case(
         ssd_step,

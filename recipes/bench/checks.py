@@ -168,10 +168,13 @@ def in_fp64(value: Any) -> Any:
     return {key: in_fp64(part) for key, part in value.items()} if type(value) is dict else value
 
 
-def contenders(case: Case) -> Iterator[Backend]:
-    """Yield the backends of a case that run here; interpreted kernels are none."""
+def contenders(case: Case, names: Sequence[str] | None = None) -> Iterator[Backend]:
+    """Yield the backends of a case that run here; interpreted kernels only where they are asked for."""
     for backend in case.op.backends.values():
-        if backend.unavailable() is None and not (triton_support.interpreting() and backend.hesitates()):
+        if names is not None and backend.name not in names:
+            continue
+        slow = triton_support.interpreting() and backend.hesitates() and names is None
+        if backend.unavailable() is None and not slow:
             yield backend
 
 
@@ -204,8 +207,7 @@ def check_table(
     device, rows = torch.device(device), []
     for name in names:
         case = CASES[name]
-        wanted = [b.name for b in contenders(case)] if backends is None else list(backends)
-        for backend in wanted:
+        for backend in [backend.name for backend in contenders(case, backends)]:
             for dtype in dtypes:
                 for kind, problem in _problems(case, shapes, lengths, dtype, device):
                     if progress is not None:

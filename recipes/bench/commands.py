@@ -103,6 +103,10 @@ def decode(
 
 Ops = Annotated[list[str] | None, typer.Argument(metavar="OP", help="Which; by default all.")]
 Widths = Annotated[str, typer.Option("--shapes", metavar="NAME", help="small, or 7b: a layer of a 7B model.")]
+Backends = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="A backend of ours, several by several; by default all that run here."),
+]
 Add = Annotated[
     bool, typer.Option("--add", help="Keep the rows that the --json file has, except those made anew.")
 ]
@@ -121,6 +125,7 @@ def ops(
         str | None, typer.Option(metavar="NAME", help="By default float32, for 7b bfloat16.")
     ] = None,
     device: Device = None,
+    backend: Backends = None,
     backward: Annotated[
         bool | None,
         typer.Option("--backward/--forward", help="Also forward + backward; by default on a GPU."),
@@ -171,6 +176,7 @@ def ops(
                 shapes=widths,
                 dtype=kind,
                 device=place,
+                backends=backend or None,
                 ceilings=ceilings,
                 backward=place.type == "cuda" if backward is None else backward,
                 peers_to=longest,
@@ -199,9 +205,7 @@ def check(
         str, typer.Option(metavar="NAME,…", help="Which to check.")
     ] = "float32,bfloat16,float16",
     device: Device = None,
-    backend: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Which; by default all that run here.")
-    ] = None,
+    backend: Backends = None,
     json: Json = None,
     add: Add = False,
 ) -> None:
@@ -297,8 +301,8 @@ def _print(title: str, rows: list[dict[str, Any]], more: Figures | None = None) 
     for row in rows:
         if row.get("note") or row.get("right") is False:
             where = ", ".join(str(row[key]) for key in ("row", "decay", "tokens", "dtype") if row.get(key))
-            found = {key: row.get(key) for key in ("error", "gradient_error", "worst")}
-            out.print(f"{row['op']} by {row['by']} ({where}): {row['note'] or found}", markup=False)
+            wrong = {key: row.get(key) for key in ("error", "gradient_error", "worst")}
+            out.print(f"{row['op']} by {row['by']} ({where}): {row['note'] or wrong}", markup=False)
     if machine := [row for row in rows if row["table"] == "machine"]:
         out.print(table(machine, title="this machine reaches", columns=list(machine[0])[1:]))
     if found := (more(rows) if more else {}) | figures(rows):

@@ -15,12 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixers.errors import BackendError, near
+from mixers.errors import near
 from mixers.ops.dispatch import Backend
 from recipes.bench.cases import CASES, SHAPES, Case, Inputs, Problem, Shapes, tensors
-from recipes.bench.checks import Errors, check, check_problem, compare, contenders, one_line
+from recipes.bench.checks import (
+    CheckFailedError,
+    Errors,
+    check,
+    check_problem,
+    compare,
+    contenders,
+    one_line,
+)
 from recipes.bench.measure import copies_beyond_cache, lap_seconds, peak_bytes
-from recipes.bench.peers import Peer, peers_of
+from recipes.bench.peers import peers_of
+from recipes.bench.peers.peer import Peer
 from recipes.bench.prefill import expected_seconds
 from recipes.bench.roofline import Ceilings, forward_work, size_of, training_work
 from recipes.errors import RecipeError
@@ -58,6 +67,7 @@ def measure_ops(
     shapes: Shapes = SHAPES["small"],
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    backends: Sequence[str] | None = None,
     ceilings: Ceilings | None = None,
     backward: bool = False,
     peers_to: int = 131072,
@@ -73,6 +83,7 @@ def measure_ops(
         shapes: Widths.
         dtype: Of the inputs.
         device: Where to run.
+        backends: Which of ours. Default: all that run here.
         ceilings: What the machine reaches. None: the limits are left out.
         backward: Whether forward and backward together are measured too.
         peers_to: Longest row that peers are given; 0 leaves them out.
@@ -102,7 +113,7 @@ def measure_ops(
             length: Problem(shapes, case.layout(shapes, length, device), dtype)
             for length in ([shapes.batch] if case.row == "batch" else lengths)
         }
-        for backend in contenders(case):
+        for backend in contenders(case, backends):
             rows += _our_rows(name, backend, problems, watch, trains, tell)
         within = {length: problem for length, problem in problems.items() if length <= peers_to}
         for peer in peers_of(name) if within else ():
@@ -183,9 +194,10 @@ class Stopwatch:
                 row["fwd_bwd_peak_mib"] = peak_bytes(both[0], self.device) / 2**20
                 row["fwd_bwd_ms"] = 1e3 * lap_seconds(both, self.device, warmup=1, repeats=self.repeats)
         except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
             row["note"] = "out of memory" if row["fwd_ms"] is None else "out of memory in the backward"
-        except BackendError as error:
-            row["note"] = str(error)
+        except Exception as error:
+            row["note"] = one_line(error)
         return row
 
 
@@ -196,11 +208,18 @@ def _our_rows(
     start = _start(name, backend.name, "ours", problem)
     small = check_problem(case, problem.shapes, problem.dtype, watch.device)
     sample = case.make(small)
-    if reason := backend.unsupported(*sample.args, **sample.kwargs):
+    reason = backend.unsupported(*sample.args, **sample.kwargs)
+    if reason is None:
+        tell(f"checking {name} on {backend.name}", 0)
+        try:
+            errors = check(name, backend.name, small, gradients=trains)
+        except CheckFailedError:
+            raise
+        except Exception as error:
+            reason = one_line(error)
+    if reason is not None:
         yield start | {"tokens": None, "note": reason}
         return
-    tell(f"checking {name} on {backend.name}", 0)
-    errors = check(name, backend.name, small, gradients=trains)
     seen: list[tuple[int, float]] = []
     for length, problem in problems.items():
         tell(f"{name} on {backend.name}", length)

@@ -69,15 +69,12 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, scale: f
 
 
 def dense_conv(x: Tensor, weight: Tensor, *, scan: Scan) -> Tensor:
-    """The short convolution, step by step and tap by tap, for one row."""
-    order = list(range(x.shape[1])) if scan.order is None else scan.order[0].tolist()
-    run = [0] * len(order) if scan.run is None else scan.run[0].tolist()
-    y = []
-    for step in range(len(order)):
-        total = torch.zeros_like(x[0, 0])
-        for back in range(min(weight.shape[1], step + 1)):
-            if run[step] == run[step - back]:
-                total = total + weight[:, -1 - back] * x[0, order[step - back]]
-        y.append(total)
-    place = torch.tensor(order, device=x.device).argsort()
-    return torch.stack(y)[place][None]
+    """The short convolution as one N×N matrix a tap, for one row."""
+    at = torch.arange(x.shape[1], device=x.device)
+    order = at if scan.order is None else scan.order[0]
+    run = torch.zeros_like(at) if scan.run is None else scan.run[0]
+    y = torch.zeros_like(x[0])
+    for back in range(weight.shape[1]):
+        taken = (at[:, None] - at == back) & (run[:, None] == run)
+        y = y + weight[:, -1 - back] * (taken.to(x.dtype) @ x[0, order])
+    return y[order.argsort()][None]

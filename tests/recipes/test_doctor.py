@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 import bridges
+import mixers
 from recipes import doctor
 from recipes.doctor import Finding, examine, healthy, section_table
 
@@ -25,8 +26,27 @@ def test_this_machine_is_healthy_and_the_report_is_complete() -> None:
     assert healthy(everything)
     assert {"torch", "transformers"} <= {finding.part for finding in found["required"]}
     assert {finding.part for finding in found["optional"]} == set(doctor.OPTIONAL)
-    backends = next(finding for finding in found["linmu"] if finding.part == "backends")
-    assert "ssd: reference" in backends.found
+    assert {f.part: f.found for f in found["backends"]} == {
+        name: report.runs for name, report in mixers.backends().items()
+    }
+    for finding, said in zip(found["backends"], mixers.backends().values()):
+        assert all(f"not {name}: {why}" in finding.remark for name, why in said.reasons.items())
+
+
+def test_an_op_that_nothing_can_run_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINMU_BACKEND", "reference")
+    assert healthy(report()["backends"])
+    monkeypatch.setenv("LINMU_BACKEND", "no-such-backend")
+    found = report()["backends"]
+    assert {f.state for f in found} == {"broken"}
+    assert all("there is no such backend" in f.remark for f in found)
+    assert not healthy(found)
+
+
+def test_a_package_outside_the_extras_is_installed_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(doctor.OPTIONAL, "their-kernels", ("no_such_module", "kernels", None))
+    found = next(f for f in report()["optional"] if f.part == "their-kernels")
+    assert found.remark == "kernels; pip install their-kernels"
 
 
 def test_an_absent_optional_package_is_said_with_its_remedy_and_does_no_harm(

@@ -64,6 +64,33 @@ def test_the_demo_has_a_panel_for_each_measure_and_stage(tmp_path: Path, drawn: 
     assert {"loss", "task"} == {line.get_label() for line in panels[5].lines}
 
 
+def test_ops_have_a_roofline_and_a_panel_for_each_op_that_was_measured_at_lengths(
+    tmp_path: Path, drawn: list[Any]
+) -> None:
+    machine = {"table": "machine", "copy_tb_per_second": 2.0, "matmul_tflops": 500.0}
+    rows: list[dict[str, Any]] = [machine]
+    for op, by, kind in (("ssd", "triton", "ours"), ("ssd", "them", "peer"), ("step", "triton", "ours")):
+        for n in (4096, 131072) if op == "ssd" else (256,):
+            values = {"fwd_ms": n / 1000, "fwd_bwd_ms": None if by == "them" else n / 300}
+            limits = {"bytes_ms": n / 4000, "products_ms": n / 5000}
+            rows.append({"table": "speed", "op": op, "by": by, "kind": kind, "tokens": n} | values | limits)
+    rows.append({"table": "speed", "op": "ssd", "by": "absent", "kind": "peer", "tokens": None, "note": "no"})
+    plots.ops(tmp_path / "o.png", "title", rows)
+    assert is_png(tmp_path / "o.png")
+    roofline, times = drawn[0].axes
+    assert [list(c.get_offsets().data.shape) for c in roofline.collections] == [
+        [1, 2],
+        [1, 2],
+        [1, 2],
+        [0, 2],
+    ]
+    labels = [line.get_label() for line in times.lines]
+    assert [label for label in labels if not label.startswith("_")] == ["triton", "them"]
+    assert len(labels) == 3
+    with pytest.raises(plots.PlotError, match="no op was measured"):
+        plots.ops(tmp_path / "p.png", "title", [machine, rows[-1]])
+
+
 def test_a_model_keeps_its_colour_in_every_panel(tmp_path: Path, drawn: list[Any]) -> None:
     plots.scaling(tmp_path / "p.png", "t", PREFILL, {"seconds": "s", "peak_mib": "MiB"})
     first, second = ({ln.get_label(): ln.get_color() for ln in axes.lines} for axes in drawn[0].axes)

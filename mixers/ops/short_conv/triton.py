@@ -35,11 +35,11 @@ def _short_conv(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     taps = weight.shape[1]
     block_n, block_c = 32, _block_channels(channels, 128)
-    grid = (batch * triton.cdiv(length, block_n) * triton.cdiv(channels, block_c),)
+    grid = (triton.cdiv(batch * length, block_n) * triton.cdiv(channels, block_c),)
     with triton_support.on_device(x):
         _forward[grid](
             x, weight.t().contiguous(), order, run, history, y,
-            length, channels, *leading(x),
+            batch * length, length, channels, *leading(x),
             TAPS=taps, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=8,
         )  # fmt: skip
     return y
@@ -69,7 +69,7 @@ def _short_conv_backward(
             TAPS=taps, TAPS2=triton.next_power_of_2(taps), BEFORE=before,
             SPAN=block_n * TILES, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=8,
         )  # fmt: skip
-    dweight = partial.sum(0).t().to(weight.dtype, memory_format=torch.contiguous_format)
+    dweight = partial.sum(0).t().to(weight.dtype).contiguous()
     return dx, dweight, dhistory if history is None else dhistory.to(history.dtype)
 
 
@@ -100,47 +100,59 @@ def _block_channels(channels: int, most: int) -> int:
 
 
 @triton.jit
-def _token(order, row, step, inside):
-    """Row of memory that holds each step."""
+def _tokens_of(order, at, step, inside):
+    """The token read at each step; ``at`` is its place in tables [B, N]."""
     if order is None:
         token = step
     else:
-        token = tl.load(order + row + step, mask=inside, other=0)
+        token = tl.load(order + at, mask=inside, other=0)
     return token.to(tl.int64)
+
+
+@triton.jit
+def _convolved(
+    x, weight, order, run, history, batch, step, live, channel, real, N, C, stride_b, stride_n,
+    TAPS: tl.constexpr,
+):  # fmt: skip
+    """Sum over the taps [TAPS, C] for some steps of some rows and some channels, in fp32."""
+    at = batch * N + step
+    if run is not None:
+        own = tl.load(run + at, mask=live, other=0)
+    total = tl.zeros((step.shape[0], channel.shape[0]), tl.float32)
+    for back in tl.static_range(TAPS):
+        other = step - back
+        inside = live & (other >= 0)
+        place = batch * stride_b + _tokens_of(order, at - back, other, inside) * stride_n
+        if run is not None and back > 0:
+            inside &= tl.load(run + at - back, mask=inside, other=0) == own
+        tap = tl.load(x + place[:, None] + channel, mask=inside[:, None] & real, other=0).to(tl.float32)
+        if history is not None and back > 0:
+            early = live & (other < 0)
+            if run is not None:
+                early &= tl.load(run + batch * N + tl.zeros_like(step), mask=early, other=0) == own
+            slot = batch * (TAPS - 1) + TAPS - 1 + other
+            tap += tl.load(history + slot[:, None] * C + channel, mask=early[:, None] & real, other=0)
+        factor = tl.load(weight + (TAPS - 1 - back) * C + channel, mask=real, other=0)
+        total += tap * factor.to(tl.float32)
+    return total
 
 
 @triton.jit
 def _forward(
     x, weight, order, run, history, y,
-    N, C, stride_b, stride_n,
+    STEPS, N, C, stride_b, stride_n,
     TAPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    tiles_c, tiles_n = tl.cdiv(C, BLOCK_C), tl.cdiv(N, BLOCK_N)
-    tile = tl.program_id(0) // tiles_c
-    channel = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    step = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    batch = (tile // tiles_n).to(tl.int64)
-    row = batch * N
-    real, live = channel < C, step < N
-    if run is not None:
-        own = tl.load(run + row + step, mask=live, other=0)
-    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for back in tl.static_range(TAPS):
-        other = step - back
-        inside = live & (other >= 0)
-        at = batch * stride_b + _token(order, row, other, inside) * stride_n
-        if run is not None and back > 0:
-            inside &= tl.load(run + row + other, mask=inside, other=0) == own
-        tap = tl.load(x + at[:, None] + channel, mask=inside[:, None] & real, other=0).to(tl.float32)
-        if history is not None and back > 0:
-            early = live & (other < 0)
-            if run is not None:
-                early &= tl.load(run + row) == own
-            slot = batch * (TAPS - 1) + TAPS - 1 + other
-            tap += tl.load(history + slot[:, None] * C + channel, mask=early[:, None] & real, other=0)
-        total += tap * tl.load(weight + (TAPS - 1 - back) * C + channel, mask=real, other=0).to(tl.float32)
-    at = (row + _token(order, row, step, live)) * C
-    tl.store(y + at[:, None] + channel, total.to(y.dtype.element_ty), mask=live[:, None] & real)
+    tiles = tl.cdiv(C, BLOCK_C)
+    channel = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    at = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    batch, step = (at // N).to(tl.int64), at % N
+    real, live = channel < C, at < STEPS
+    total = _convolved(
+        x, weight, order, run, history, batch, step, live, channel, real, N, C, stride_b, stride_n, TAPS
+    )
+    place = (batch * N + _tokens_of(order, at, step, live)) * C
+    tl.store(y + place[:, None] + channel, total.to(y.dtype.element_ty), mask=live[:, None] & real)
 
 
 @triton.jit
@@ -165,7 +177,7 @@ def _backward(
         live, here = step < N, (step >= 0) & (step < N)
         if run is not None:
             own = tl.load(run + row + tl.maximum(step, 0), mask=live, other=0)
-        token = _token(order, row, step, here)
+        token = _tokens_of(order, row + step, step, here)
         at = batch * stride_b + token * stride_n
         value = tl.load(x + at[:, None] + channel, mask=here[:, None] & real, other=0).to(tl.float32)
         if history is not None:
@@ -176,7 +188,7 @@ def _backward(
         for ahead in tl.static_range(TAPS):
             other = step + ahead
             inside = live & (other >= 0) & (other < N)
-            at = batch * stride_dyb + _token(order, row, other, inside) * stride_dyn
+            at = batch * stride_dyb + _tokens_of(order, row + other, other, inside) * stride_dyn
             if run is not None and ahead > 0:
                 inside &= tl.load(run + row + other, mask=inside, other=0) == own
             grad = tl.load(dy + at[:, None] + channel, mask=inside[:, None] & real, other=0).to(tl.float32)

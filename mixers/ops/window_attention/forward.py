@@ -37,6 +37,19 @@ def load_queries(
 
 
 @triton.jit
+def finish(
+    out, lse, h, token, asked, best, total, acc,
+    HEADS: tl.constexpr, P: tl.constexpr, KEEP_LSE: tl.constexpr,
+):  # fmt: skip
+    """Store the averages of one head, and log2 Σ 2^score; infinite where nothing was visible."""
+    sound = tl.where(total == 0, 1.0, total)
+    store_whole(out + h * P, token * (HEADS * P), asked, acc * (1.0 / sound)[:, None], False, P)
+    if KEEP_LSE:
+        kept = tl.where(total == 0, float("inf"), best + tl.log2(sound))
+        tl.store(lse + token * HEADS + h, kept, mask=asked)
+
+
+@triton.jit
 def forward_kernel(
     q, k, v, out, lse, queries, keys, first, stop, key_valid, cos, sin,
     length, rows, query_slots, key_slots, tiles, scale,
@@ -56,7 +69,6 @@ def forward_kernel(
     token, asked = load_slots(queries, block, query_slot, query_slots)
     row, at = token // length, token % length
     q_rows = row * q_b + at * q_n
-    out_rows = token * (G * GROUP * P)
     q += g * GROUP * q_h
     k += g * k_h
     v += g * v_h
@@ -89,11 +101,7 @@ def forward_kernel(
             p = tl.exp2(s - best[:, None])
             total = tl.sum(p, 1)
             acc = tl.dot(p.to(DOT), value, input_precision=PRECISION)
-            acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-            store_whole(out + (g * GROUP + h) * P, out_rows, asked, acc, False, P)
-            if KEEP_LSE:
-                kept = tl.where(total == 0, float("inf"), best + tl.log2(total))
-                tl.store(lse + token * (G * GROUP) + g * GROUP + h, kept, mask=asked)
+            finish(out, lse, g * GROUP + h, token, asked, best, total, acc, G * GROUP, P, KEEP_LSE)
     else:
         for h in range(0, GROUP):
             q_lo, q_hi = load_queries(
@@ -110,7 +118,9 @@ def forward_kernel(
                 )  # fmt: skip
                 visible = seen[None, :]
                 if BANDED:
-                    visible = visible & (key_slot[None, :] >= begin[:, None]) & (key_slot[None, :] < end[:, None])
+                    visible = (
+                        visible & (key_slot[None, :] >= begin[:, None]) & (key_slot[None, :] < end[:, None])
+                    )
                 s = scores(q_lo, q_hi, k_lo, k_hi, visible, scale, PRECISION)
                 higher = tl.maximum(best, tl.max(s, 1))
                 finite = tl.where(higher == float("-inf"), 0.0, higher)
@@ -119,8 +129,4 @@ def forward_kernel(
                 total = total * fade + tl.sum(p, 1)
                 acc = tl.dot(p.to(DOT), value, acc * fade[:, None], input_precision=PRECISION)
                 best = higher
-            acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-            store_whole(out + (g * GROUP + h) * P, out_rows, asked, acc, False, P)
-            if KEEP_LSE:
-                kept = tl.where(total == 0, float("inf"), best + tl.log2(tl.where(total == 0, 1.0, total)))
-                tl.store(lse + token * (G * GROUP) + g * GROUP + h, kept, mask=asked)
+            finish(out, lse, g * GROUP + h, token, asked, best, total, acc, G * GROUP, P, KEEP_LSE)

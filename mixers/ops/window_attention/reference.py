@@ -42,10 +42,7 @@ def block_attention(
     Returns:
         [B, N, H, P], zero at tokens that are no block's query.
     """
-    if rotary is not None:
-        history = k.shape[1] - q.shape[1]
-        q = apply_rotary(q, *rotary)
-        k = torch.cat([k[:, :history], apply_rotary(k[:, history:], *rotary)], dim=1)
+    q, k = rotated(q, k, rotary)
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
     placed, outputs = [], []
     for part in _parts([blocks] if isinstance(blocks, Blocks) else blocks):
@@ -71,6 +68,14 @@ def block_attention(
     if placed:
         result = result.index_copy(0, torch.cat(placed), torch.cat(outputs).to(result.dtype))
     return result.view_as(q)
+
+
+def rotated(q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Rotate the queries and as many of the last keys."""
+    if rotary is None:
+        return q, k
+    earlier, own = k.split([k.shape[1] - q.shape[1], q.shape[1]], dim=1)
+    return apply_rotary(q, *rotary), torch.cat([earlier, apply_rotary(own, *rotary)], dim=1)
 
 
 def _parts(tables: Sequence[Blocks]) -> Iterator[Blocks]:

@@ -53,14 +53,18 @@ def block_attention(
     tables = [blocks] if isinstance(blocks, Blocks) else list(blocks)
     if not tables or q.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dtype = q.dtype
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     cos, sin = (None, None) if rotary is None else rotary
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     transposed = [b.transposed for b in tables if b.transposed is not None] if learns else []
-    complete, covered = _fills(tables, q), _fills(transposed[:1], k)
-    y, _ = attention(
-        q, k, v, _flat(tables), _flat(transposed), key_valid, cos, sin, scale, complete, covered
-    )
-    return y
+    counts = [blocks.count or 0 for blocks in tables]
+    largest = tables[counts.index(max(counts))]
+    idle = largest.queries[:0, 0] if _fills(tables, q) else largest.idle
+    covered = _fills(transposed[:1], k)
+    y, _ = attention(q, k, v, _flat(tables), _flat(transposed), key_valid, cos, sin, idle, scale, covered)
+    return y.to(dtype)
 
 
 @torch.library.custom_op("linmu::block_attention", mutates_args=())
@@ -73,8 +77,8 @@ def attention(
     key_valid: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
+    idle: Tensor | None,
     scale: float,
-    complete: bool,
     covered: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run the forward kernel on every table.
@@ -88,17 +92,17 @@ def attention(
         key_valid: bool [B, M].
         cos: [B or 1, N, R].
         sin: [B or 1, N, R].
+        idle: int [U] flat indices of tokens, among them all that are no table's query. None: any may be.
         scale: Factor on query·key.
-        complete: Whether every token is some table's query.
         covered: Whether every key is looked at in the first table.
 
     Returns:
         y [B, N, H, P], and log2 Σ exp of the scores, [B, N, H], where a backward kernel needs it
         (no element without ``transposed``).
     """
-    y = (torch.empty if complete else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
+    y = _blank(q, idle)
     lse = _like_lse(q, transposed)
-    call = _Call(q, k, v, key_valid, cos, sin, scale)
+    call = _Call(q, k, v, key_valid, cos, sin)
     for table in _tables(tables):
         (groups, query_slots), key_slots = table.queries.shape, table.keys.shape[1]
         cut = launch.forward(query_slots, key_slots, q.shape[3], q.dtype, call.shared)
@@ -114,7 +118,7 @@ def attention(
 
 
 @attention.register_fake
-def _(q, k, v, tables, transposed, key_valid, cos, sin, scale, complete, covered):  # type: ignore[no-untyped-def]
+def _(q, k, v, tables, transposed, key_valid, cos, sin, idle, scale, covered):  # type: ignore[no-untyped-def]
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), _like_lse(q, transposed)
 
 
@@ -131,16 +135,18 @@ def attention_backward(
     key_valid: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
+    idle: Tensor | None,
     scale: float,
-    complete: bool,
     covered: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, given that of y; arguments as for :func:`attention`."""
-    dq = (torch.empty if complete else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = ((torch.empty if covered else torch.zeros)(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
+    dq = _blank(q, idle)
+    dk, dv = (
+        (torch.empty if covered else torch.zeros)(t.shape, dtype=t.dtype, device=t.device) for t in (k, v)
+    )
     dy = _rows(dy)
     delta = torch.empty_like(lse)
-    call = _Call(q, k, v, key_valid, cos, sin, scale)
+    call = _Call(q, k, v, key_valid, cos, sin)
     strides = (*dy.stride()[:3], *call.strides)
     for number, (table, back) in enumerate(zip(_tables(tables), _tables(transposed))):
         (groups, query_slots), key_slots = table.queries.shape, table.keys.shape[1]
@@ -172,21 +178,21 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(dy, q, k, v, y, lse, tables, transposed, key_valid, cos, sin, scale, complete, covered):  # type: ignore[no-untyped-def]
+def _(dy, q, k, v, y, lse, tables, transposed, key_valid, cos, sin, idle, scale, covered):  # type: ignore[no-untyped-def]
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, tables, transposed, key_valid, cos, sin, *ctx.rest = inputs
+    q, k, v, tables, transposed, key_valid, cos, sin, idle, *ctx.rest = inputs
     ctx.counts = len(tables), len(transposed)
-    ctx.save_for_backward(q, k, v, *output, key_valid, cos, sin, *tables, *transposed)
+    ctx.save_for_backward(q, k, v, *output, key_valid, cos, sin, idle, *tables, *transposed)
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
-    q, k, v, y, lse, key_valid, cos, sin, *tables = ctx.saved_tensors
+    q, k, v, y, lse, key_valid, cos, sin, idle, *tables = ctx.saved_tensors
     forward, back = ctx.counts
     dq, dk, dv = attention_backward(
-        dy, q, k, v, y, lse, tables[:forward], tables[forward:], key_valid, cos, sin, *ctx.rest
+        dy, q, k, v, y, lse, tables[:forward], tables[forward:], key_valid, cos, sin, idle, *ctx.rest
     )
     return dq, dk, dv, [None] * forward, [None] * back, None, None, None, None, None, None
 
@@ -205,7 +211,6 @@ class _Call:
         key_valid: Tensor | None,
         cos: Tensor | None,
         sin: Tensor | None,
-        scale: float,
     ) -> None:
         self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
         self.shared = triton_support.shared_memory(q.device)
@@ -251,6 +256,16 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def _blank(like: Tensor, idle: Tensor | None) -> Tensor:
+    """Return memory for rows like those of ``like``, zero at the idle ones, for kernels to write the others."""
+    if idle is None:
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    blank = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    if len(idle):
+        blank.flatten(0, 1).index_fill_(0, idle.long(), 0)
+    return blank
+
+
 def _like_lse(q: Tensor, transposed: Sequence[Tensor]) -> Tensor:
     shape = q.shape[:3] if transposed else (0,)
     return torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -259,8 +274,7 @@ def _like_lse(q: Tensor, transposed: Sequence[Tensor]) -> Tensor:
 def _flat(tables: Sequence[Blocks]) -> list[Tensor]:
     flat = []
     for blocks in tables:
-        empty = blocks.queries.new_empty(0)
-        first, stop = (empty if t is None else t for t in (blocks.first, blocks.stop))
+        first, stop = (blocks.queries[:0] if t is None else t for t in (blocks.first, blocks.stop))
         flat += [blocks.queries, blocks.keys, first, stop]
     return flat
 

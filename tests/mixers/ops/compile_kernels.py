@@ -1,25 +1,25 @@
 """Compile what the Triton backends would launch, for chips that are not there.
 
-    python -m tests.mixers.ops.compile_kernels 80 90
+    python -m tests.mixers.ops.compile_kernels 80 90 [op ...] [--sample 3]
 
-runs every case of ``CASES`` with launching replaced by compiling, and prints a JSON line a kernel: its name,
+runs every case of the ops (or so many, evenly spaced) with launching replaced by compiling, and prints a JSON line a kernel: its name,
 the chip, its shared memory in bytes, and whether it uses the matrix units of Hopper. It runs in a process of
 its own, since a process that interprets kernels cannot compile them.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from mixers.ops import triton_support
 
-MODULES = ("ssd", "ssd_step", "short_conv", "window_attention")
+MODULES = ("feature_map", "finish", "gate", "short_conv", "ssd", "ssd_step", "window_attention")
 """Each ``tests.mixers.ops.kernels_<name>`` has ``cases()``: calls to compile, by name, on CPU tensors."""
 
 KINDS = {
@@ -107,24 +107,30 @@ def _spills(compiled: Any) -> int | None:
     return int(found[1]) + int(found[2]) if found else None
 
 
-def cases(names: list[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
+def cases(names: Sequence[str], sample: int | None = None) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """List the cases of the named ops, of each at most ``sample``, evenly spaced."""
     for name in names or MODULES:
-        yield from importlib.import_module(f"tests.mixers.ops.kernels_{name}").cases()
+        found = list(importlib.import_module(f"tests.mixers.ops.kernels_{name}").cases())
+        count = min(sample or len(found), len(found))
+        yield from (found[(2 * i + 1) * len(found) // (2 * count)] for i in range(count))
 
 
 def main() -> None:
     from triton.runtime.jit import JITFunction
 
-    capabilities = [int(a) for a in sys.argv[1:] if a.isdigit()]
-    names = [a for a in sys.argv[1:] if not a.isdigit()]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", nargs="*", default=["90"])
+    parser.add_argument("--sample", type=int)
+    asked = parser.parse_args()
+    names = [name for name in asked.what if not name.isdigit()]
     triton_support.off_device = lambda *tensors: None  # type: ignore[assignment]
     triton_support.unavailable = lambda: None  # type: ignore[assignment]
-    for capability in capabilities:
+    for capability in (int(chip) for chip in asked.what if chip.isdigit()):
         limit = triton_support.SHARED_MEMORY[divmod(capability, 10)] * 1024
         triton_support.shared_memory = lambda device, limit=limit: limit  # type: ignore[assignment]
         compiler = Compiler(capability)
         JITFunction.run = lambda self, *a, _c=compiler, **k: _c.launch(self, *a, **k)  # type: ignore[method-assign]
-        for name, call in cases(names):
+        for name, call in cases(names, asked.sample):
             before = set(compiler.found)
             call()
             for key in compiler.found.keys() - before:

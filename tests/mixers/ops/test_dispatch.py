@@ -74,6 +74,9 @@ def test_report(op: Op) -> None:
     assert report.runs == "fast"
     assert report.reasons == {"reference": "fast comes first", "triton": "there is no GPU"}
     assert str(report) == "test_op: fast; not reference: fast comes first; not triton: there is no GPU"
+    assert "test_op: fast\n    not reference: fast comes first\n    not triton: there is no GPU" in str(
+        mixers.backends()
+    )
 
 
 def test_report_follows_what_was_told(op: Op) -> None:

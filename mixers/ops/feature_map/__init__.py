@@ -1,0 +1,32 @@
+"""A learned feature map: softmax of both signs of a linear map of each head."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mixers.ops import triton_support
+from mixers.ops.dispatch import Op
+from mixers.ops.feature_map import reference
+
+feature_map = Op("feature_map")
+
+
+def _unsupported(x: Tensor, weight: Tensor) -> str | None:
+    if x.shape[-1] > 128:
+        return f"it takes heads of at most 128, found {x.shape[-1]}"
+    return triton_support.off_device(x, weight)
+
+
+@feature_map.backend(
+    "triton",
+    unavailable=triton_support.unavailable,
+    unsupported=_unsupported,
+    hesitates=triton_support.hesitates,
+)
+def _triton(x: Tensor, weight: Tensor) -> Tensor:
+    from mixers.ops.feature_map import triton
+
+    return triton.feature_map(x, weight)
+
+
+feature_map.backend("reference")(reference.feature_map)

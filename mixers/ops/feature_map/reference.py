@@ -1,0 +1,40 @@
+"""The softmax feature map in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixers.errors import ShapeError
+from mixers.ops.ssd.blocks import without_autocast
+
+
+def feature_map(x: Tensor, weight: Tensor) -> Tensor:
+    """Return [softmax(t), softmax(-t)] with t = x · weight of each head (Hedgehog, arXiv 2402.04347).
+
+    Computed in fp32 at least, and rounded once.
+
+    Args:
+        x: [B, N, H, P].
+        weight: [H, P, P].
+
+    Returns:
+        [B, N, H, 2P] in x's dtype; each half sums to 1.
+
+    Raises:
+        ShapeError: The shapes do not fit each other.
+    """
+    check(x, weight)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with without_autocast(x.device):
+        t = torch.einsum("bnhp,hpr->bnhr", x.to(wide), weight.to(wide))
+    return torch.cat([t.softmax(-1), (-t).softmax(-1)], dim=-1).to(x.dtype)
+
+
+def check(x: Tensor, weight: Tensor) -> None:
+    """Raise ShapeError unless the arguments of :func:`feature_map` fit each other."""
+    heads, width = x.shape[2:]
+    if weight.shape != (heads, width, width):
+        raise ShapeError(
+            f"weight must be [H, P, P] = {[heads, width, width]} for x {list(x.shape)}, found {list(weight.shape)}."
+        )

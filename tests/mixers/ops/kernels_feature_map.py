@@ -1,0 +1,24 @@
+"""What the kernels of the feature map are compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from mixers.ops.feature_map.triton import feature_map
+
+
+def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for width in (128, 64, 32):
+            yield f"feature_map {dtype} {width}", call(dtype, width)
+
+
+def call(dtype: torch.dtype, width: int) -> Callable[[], None]:
+    def run() -> None:
+        x = torch.zeros(1, 80, 28, width, dtype=dtype, requires_grad=True)
+        feature_map(x, torch.zeros(28, width, width, dtype=dtype)).sum().backward()
+
+    return run
