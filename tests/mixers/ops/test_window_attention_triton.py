@@ -167,6 +167,21 @@ def test_is_a_custom_op_that_compiles_and_recomputes() -> None:
     assert_close("gradient", want, found, 1e-6)
 
 
+def test_autocast() -> None:
+    """Norms leave q and k in fp32 there while v is narrow; the op runs in the narrow type and returns q's."""
+    layout = TokenLayout.from_grids(14, [[(2, (2, 2, 2))]], device=DEVICE)
+    blocks = layout.windows((2, 2, 2))
+    q = torch.randn(1, 14, 2, 16, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE, dtype=BF16):
+        y = block_attention(q, q, q.to(BF16), blocks, scale=0.3, backend="triton")
+    assert y.dtype == FP32
+    assert_close(
+        "y", block_attention(q, q, q, blocks, scale=0.3, backend="reference"), y, INTERPRETED_TOLERANCE
+    )
+    (gradient,) = torch.autograd.grad(y.sum(), q)
+    assert gradient.isfinite().all()
+
+
 def test_equal_runs_give_equal_bits() -> None:
     layout = TokenLayout.from_grids(40, [[(2, (3, 3, 3))]], device=DEVICE)
     tables = [layout.windows((2, 2, 2), True), layout.recent(6, text_only=True)]

@@ -237,7 +237,7 @@ def scan_forward(inputs: Inputs, first: Tensor | None) -> tuple[Tensor, Tensor, 
     batch, length, heads, width = c.shape
     groups, values = x.shape[2:]
     with triton_support.on_device(c):
-        cut = forward_cut(width, values, heads // inputs.heads, x.dtype, x.device)
+        cut = forward_cut(width, values, heads // inputs.heads, inputs.both, x.dtype, x.device)
         mix = cut.mix
         assert mix is not None
         sums = sum_all_decays(inputs, cut.chunk)

@@ -62,13 +62,16 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def forward_cut(width: int, values: int, sharing: int, dtype: torch.dtype, device: torch.device) -> Cut:
-    """Choose how the forward pass is cut for K = ``width``, P = ``values`` and ``sharing`` heads a state."""
+def forward_cut(
+    width: int, values: int, sharing: int, both: bool, dtype: torch.dtype, device: torch.device
+) -> Cut:
+    """Choose how the forward pass is cut for K = ``width``, P = ``values``, ``sharing`` heads a state, and one
+    direction or both."""
     k, p, room = padded(width), padded(values), triton_support.shared_memory(device)
     if dtype == torch.float32:
         return Cut(32, k, p, mix=Run(min(k, 32), 4, 1))
     for chunk, block, warps, stages in (
-        (128, k, 8, 3 if sharing > 1 else 1),
+        (128 if both else 64, k, 8 if both else 4, 3 if sharing > 1 else 1),
         (64, k, 4, 2),
         (128, 64, 8, 3),
         (64, 64, 4, 3),
@@ -109,7 +112,7 @@ def state_tile(width: int, values: int, dtype: torch.dtype) -> tuple[int, int, i
     """Choose the tile (K, P) of a state that a program carries along a segment, and its warps."""
     if dtype == torch.float32:
         return min(width, 32), min(values, 32), 4
-    return min(width, 128), min(values, 64), 4
+    return min(width, 64), min(values, 128), 4
 
 
 def chunks_of_segment(lines: int, chunks: int) -> int:
