@@ -285,7 +285,7 @@ def test_a_million_tokens() -> None:
         return torch.randn(1, n, *tail_shape, device=DEVICE, dtype=torch.bfloat16)
 
     c, b, x = normal(h, p) * p**-0.5, normal(g, p), normal(g, p)
-    decays = [-normal(g).float().exp(), normal(g).float().exp()] * 2
+    decays = [t for _ in range(2) for t in (-normal(g).float().exp(), normal(g).float().exp())]
     leaves = [t.requires_grad_() for t in (c, b, x, *decays)]
     y, _ = ssd(*leaves[:3], tuple(leaves[3:5]), tuple(leaves[5:]), scan=layout.scan("wht"), backend="triton")
     y[:, -tail:].float().square().sum().backward()
