@@ -14,7 +14,7 @@ from mixers.decay import Decay
 from mixers.errors import ConfigError
 from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
 from mixers.layout import Scan, TokenLayout
-from mixers.ops import feature_map, finish, short_conv, ssd, ssd_step
+from mixers.ops import feature_map, short_conv, ssd, ssd_step
 from mixers.registry import register
 from mixers.rotary import apply_rotary
 
@@ -126,11 +126,15 @@ class Mamba2(TokenMixer):
             scan=scan,
             denominator=denominator,
             initial_state=None if state is None else state["ssd"],
+            skip=self.skip,
+            norm_weight=norm_weight,
+            norm_eps=norm_eps,
+            gate=gate,
             chunk_size=self.config.chunk_size,
         )
         if state is not None:
             state["ssd"].copy_(final.detach())
-        return finish(y, v, self.skip, norm_weight=norm_weight, norm_eps=norm_eps, gate=gate), None
+        return y, None
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None

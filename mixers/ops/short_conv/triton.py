@@ -34,13 +34,13 @@ def _short_conv(
     batch, length, channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     taps = weight.shape[1]
-    block_n, block_c = 32, _block_channels(channels, 128)
+    block_n, block_c = 16, _block_channels(channels, 256)
     grid = (triton.cdiv(batch * length, block_n) * triton.cdiv(channels, block_c),)
     with triton_support.on_device(x):
         _forward[grid](
             x, weight.t().contiguous(), order, run, history, y,
             batch * length, length, channels, *leading(x),
-            TAPS=taps, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=8,
+            TAPS=taps, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
     return y
 

@@ -6,11 +6,14 @@ the attention that they come from, extended by LinMU's second direction (arXiv 2
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mixers.errors import ShapeError
 from mixers.layout import Scan
+from mixers.ops.finish.reference import finish
 from mixers.ops.ssd.blocks import Plan, scan_blocks
 from mixers.ops.ssd.chunks import Cut, Tables
 
@@ -30,6 +33,10 @@ def ssd(
     scan: Scan | None = None,
     denominator: bool = False,
     initial_state: Tensor | None = None,
+    skip: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    gate: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Scan tokens forward, and vision tokens backward within their clip.
@@ -52,7 +59,11 @@ def ssd(
         denominator: Divide y by the same sums with x = 1, so that y is a weighted mean of values
             where c·b ≥ 0. The state then has one more column, the denominator's.
         initial_state: [B, E, K, P (+1)], the forward state before the row's first sequence.
-        chunk_size: Tokens that are mixed by one matrix product.
+        skip: [H], as for :func:`mixers.ops.finish`, which is applied to y where one of these is given.
+        norm_weight: [H, P], likewise.
+        norm_eps: Likewise.
+        gate: [B, N, H, P], likewise.
+        chunk_size: Tokens that are mixed by one matrix product. A kernel chooses its own.
 
     Returns:
         y [B, N, H, P] in token order and in x's dtype, and the forward state after the row's last
@@ -80,7 +91,24 @@ def ssd(
     chunk = _ceil_div(length, _ceil_div(length, chunk_size))  # even chunks need the least padding
     plan = Plan(scan.order, tables, chunk * CHUNKS_PER_BLOCK, Cut(chunk, denominator, accumulate), both)
     backward = backward_decay if both and backward_decay is not None else ()
-    return scan_blocks(plan, state, (c, b, x, *decay, *backward))
+    y, state = scan_blocks(plan, state, (c, b, x, *decay, *backward))
+    return finished(finish, y, x, skip, norm_weight, norm_eps, gate), state
+
+
+def finished(
+    finish: Callable[..., Tensor],
+    y: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    gate: Tensor | None,
+) -> Tensor:
+    """Apply ``finish`` to y where there is something to finish."""
+    if skip is None and norm_weight is None and gate is None:
+        return y
+    skip = y.new_zeros(y.shape[2]) if skip is None else skip
+    return finish(y, x, skip, norm_weight=norm_weight, norm_eps=norm_eps, gate=gate)
 
 
 def _ceil_div(a: int, b: int) -> int:

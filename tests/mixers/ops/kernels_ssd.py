@@ -36,7 +36,7 @@ def _call(
 ) -> Callable[[], Any]:
     def call() -> None:
         from mixers.ops.ssd.triton.backward import scan_backward
-        from mixers.ops.ssd.triton.forward import Inputs, Tables, scan_forward
+        from mixers.ops.ssd.triton.forward import Finish, Inputs, Tables, scan_forward
 
         layout = TokenLayout.from_grids(300, [[(8, (4, 8, 8))]])
         scan = layout.scan("wht")
@@ -49,6 +49,7 @@ def _call(
         inputs = Inputs(c, b, x, decay, tables, denominator)
         first = torch.zeros(1, decays, width, values + denominator)
         y, last, denominators = scan_forward(inputs, first)
+        scan_forward(inputs, first, Finish(torch.ones(heads), torch.ones(heads, values), 1e-6))
         scan_backward(inputs, first, y, denominators, torch.zeros_like(y), last)
 
     return call

@@ -23,6 +23,8 @@ from tests.mixers.strategies import Rows, rows
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+CANCELLING = 3
+"""Gradients through a denominator are differences of sums, of which 16 bits keep less."""
 few = settings(max_examples=3)
 
 pytestmark = pytest.mark.skipif(
@@ -42,7 +44,7 @@ def small_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     from mixers.ops.ssd.triton.launch import Cut, Run, padded
 
     def cut(width: int, values: int, *_: object) -> Cut:
-        run, k = Run(16, 4, 1), padded(width)
+        run, k = Run(32, 4, 1), padded(width)
         return Cut(16, k, padded(values), run, run, run, run, Run(k, 4, 1))
 
     monkeypatch.setattr(forward, "forward_cut", cut)
@@ -110,8 +112,10 @@ def compare(
     found = run(given_, "triton")
     names = ["y", "state", "c", "b", "x", "log_a", "dt"]
     names += (["log_a'", "dt'"] if both else []) + (["first state"] if start else [])
+    half = dtype != torch.float32
     for name, want, got in zip(names, expected, found):
-        assert_close(name, want, got, TOLERANCE[dtype])
+        cancels = half and denominator and name not in ("y", "state")
+        assert_close(name, want, got, TOLERANCE[dtype] * (CANCELLING if cancels else 1))
 
 
 @pytest.mark.parametrize("per_head", [False, True], ids=["kv_head", "head"])
@@ -151,6 +155,27 @@ def test_several_chunks_and_segments(kind: str, small_cuts: None) -> None:
     layout = LAYOUTS[kind](n).to(DEVICE)
     inputs = draw((1, n), (2, 1), 20, 17, False, positive=True)
     compare(inputs, layout.scan("wht"), layout.valid, denominator=True, start=True)
+
+
+@pytest.mark.parametrize("what", ["skip", "norm_weight", "gate", "all"])
+@pytest.mark.parametrize("learns", [False, True], ids=["at inference", "in training"])
+def test_finishing_in_the_same_pass(what: str, learns: bool) -> None:
+    layout = TokenLayout.from_grids(40, [[(3, (2, 3, 4))]]).to(DEVICE)
+    inputs = [t.to(DEVICE) for t in draw((1, 40), (4, 2), 16, 24, False, positive=True)]
+    finish = {"skip": (4,), "norm_weight": (4, 24), "gate": (1, 40, 4, 24)}
+    last = {
+        name: torch.rand(shape, device=DEVICE, dtype=torch.float64)
+        for name, shape in finish.items()
+        if what in (name, "all")
+    }
+
+    def run(dtype: torch.dtype, backend: str) -> Tensor:
+        c, b, x, *decays = (t.to(dtype).requires_grad_(learns) for t in inputs)
+        options = {"scan": layout.scan("wht"), "denominator": True, "norm_eps": 1e-3, "backend": backend}
+        more = {name: t.to(dtype) for name, t in last.items()}
+        return ssd(c, b, x, tuple(decays[:2]), tuple(decays[2:]), **options, **more)[0]
+
+    assert_close(what, run(torch.float64, "reference"), run(torch.float32, "triton"), 1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17])

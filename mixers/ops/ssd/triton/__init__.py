@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from mixers.layout import Scan
-from mixers.ops.ssd.reference import Decay, check
+from mixers.ops.finish import finish
+from mixers.ops.ssd.reference import Decay, check, finished
 from mixers.ops.ssd.triton.backward import scan_backward
-from mixers.ops.ssd.triton.forward import Inputs, Tables, scan_forward
+from mixers.ops.ssd.triton.forward import Finish, Inputs, Tables, scan_forward
 
 
 def ssd(
@@ -30,9 +31,16 @@ def ssd(
     scan: Scan | None = None,
     denominator: bool = False,
     initial_state: Tensor | None = None,
+    skip: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    gate: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """Scan as :func:`mixers.ops.ssd.reference.ssd` does; the chunk is chosen by shape and chip instead."""
+    """Scan as :func:`mixers.ops.ssd.reference.ssd` does; the chunk is chosen by shape and chip instead.
+
+    Where no gradient is needed, skip and norm are applied in the same pass.
+    """
     batch, length, heads, width = c.shape
     shape = (batch, decay[0].shape[-1], width, x.shape[-1] + denominator)
     check(c, b, x, decay, backward_decay, initial_state, shape)
@@ -46,7 +54,14 @@ def ssd(
     decays = [*decay, *backward_decay] if both and backward_decay is not None else [*decay]
     dtype = torch.promote_types(torch.promote_types(c.dtype, b.dtype), x.dtype)
     tables = (scan.order, scan.valid, scan.sequence, scan.vision, scan.extent)
-    y, state, _ = _ssd(c.to(dtype), b.to(dtype), x.to(dtype), decays, *tables, initial_state, denominator)
+    c, b, values = c.to(dtype), b.to(dtype), x.to(dtype)
+    tensors = (c, b, x, *decays, initial_state, skip, norm_weight)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if learns or gate is not None:
+        y, state, _ = _ssd(c, b, values, decays, *tables, initial_state, denominator, None, None, 0.0)
+        return finished(finish, y.to(x.dtype), x, skip, norm_weight, norm_eps, gate), state
+    last = (skip, norm_weight, norm_eps)
+    y, state, _ = _ssd(c, b, values, decays, *tables, initial_state, denominator, *last)
     return y.to(x.dtype), state
 
 
@@ -63,9 +78,12 @@ def _ssd(
     extent: Tensor | None,
     first: Tensor | None,
     denominator: bool,
+    skip: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tables = Tables(order, valid, sequence, vision, extent)
-    return scan_forward(Inputs(c, b, x, tuple(decays), tables, denominator), first)
+    inputs = Inputs(c, b, x, tuple(decays), Tables(order, valid, sequence, vision, extent), denominator)
+    return scan_forward(inputs, first, Finish(skip, norm_weight, norm_eps))
 
 
 @_ssd.register_fake
@@ -73,7 +91,7 @@ def _(
     c: Tensor, b: Tensor, x: Tensor, decays: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, heads, width = c.shape
-    denominator = rest[-1]
+    denominator = rest[6]
     last = (batch, decays[0].shape[2], width, x.shape[3] + denominator)
     return (
         x.new_empty(batch, length, heads, x.shape[3]),
@@ -114,7 +132,7 @@ def _(c: Tensor, b: Tensor, x: Tensor, decays: Sequence[Tensor], *rest: Any) -> 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    c, b, x, decays, *tables, first, denominator = inputs
+    c, b, x, decays, *tables, first, denominator = inputs[:-3]
     y, last, denominators = output
     ctx.denominator, ctx.decays, ctx.starts = denominator, len(decays), first is not None
     ctx.last = last.shape
@@ -131,7 +149,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, _: Tens
         c, b, x, decays, *tables, first, ctx.denominator, y, denominators, grad_y, grad_last
     )
     grad_first = grads[-1] if ctx.starts else None
-    return (*grads[:3], grads[3:-1], None, None, None, None, None, grad_first, None)
+    return (*grads[:3], grads[3:-1], *[None] * 5, grad_first, *[None] * 4)
 
 
 _ssd.register_autograd(_backward, setup_context=_save)

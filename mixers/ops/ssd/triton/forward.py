@@ -70,6 +70,15 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Finish:
+    """What is done to y before it is stored; see :func:`mixers.ops.finish`. Nothing by default."""
+
+    skip: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_eps: float = 0.0
+
+
+@dataclass(frozen=True)
 class Sums:
     """Running decays of the chunks of one cut; see :func:`sum_decays`."""
 
@@ -231,7 +240,9 @@ def entering_states(inputs: Inputs, sums: Sums, cut: Cut, first: Tensor | None) 
     return States(states, ones, keeps, last)
 
 
-def scan_forward(inputs: Inputs, first: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def scan_forward(
+    inputs: Inputs, first: Tensor | None, finish: Finish | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [B, N, H, P], the last state [B, E, K, P (+1)] in fp32, and the denominators [B, N, H] or empty."""
     c, b, x, tables = inputs.c, inputs.b, inputs.x, inputs.tables
     batch, length, heads, width = c.shape
@@ -244,12 +255,15 @@ def scan_forward(inputs: Inputs, first: Tensor | None) -> tuple[Tensor, Tensor, 
         states = entering_states(inputs, sums, cut, first)
         y = x.new_empty(batch, length, heads, values)
         denominators = x.new_empty((batch, length, heads) if inputs.denominator else 0, dtype=torch.float32)
+        finish = finish or Finish()
         mix_chunks[(batch * sums.chunks * inputs.heads,)](
             c,
             b,
             x,
             y,
             denominators,
+            finish.skip,
+            None if finish.norm_weight is None else finish.norm_weight.contiguous(),
             states.values,
             states.ones,
             sums.values,
@@ -265,6 +279,7 @@ def scan_forward(inputs: Inputs, first: Tensor | None) -> tuple[Tensor, Tensor, 
             *b.stride()[:3],
             *x.stride()[:3],
             DENOMINATOR_FLOOR,
+            finish.norm_eps,
             H=heads,
             G=groups,
             E=inputs.heads,

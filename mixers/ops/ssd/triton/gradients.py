@@ -109,12 +109,13 @@ def query_gradients(
     for r in tl.range(R, num_stages=1):
         place = (row.to(tl.int64) * length + tokens) * H + decay * R + r
         grad, inverse = numerator_gradient(grad_y, denominators, place, inside, ps, floor, P, DENOMINATOR)
+        grad = grad.to(DOT)  # rounded before all of its uses, whose sums cancel
         grad_one = tl.zeros([Q], tl.float32)
         if DENOMINATOR:
             out = tl.load(y + place[:, None] * P + ps[None], mask=inside[:, None] & (ps < P)[None], other=0)
-            grad_one = tl.where(inverse * floor < 1, -tl.sum(grad * out.to(tl.float32), 1), 0.0)
+            grad_one = -tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+            grad_one = tl.where(inverse * floor < 1, grad_one, 0.0)
             tl.store(grad_ones + place, grad_one, mask=inside)
-        grad = grad.to(DOT)
         pulled = tl.dot(grad, tl.trans(value), input_precision=PRECISION) + grad_one[:, None]
         pulled = (pulled * weight).to(DOT)
         for some in tl.range(0, PADDED_K, BLOCK_K, num_stages=STAGES):

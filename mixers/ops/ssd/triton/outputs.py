@@ -100,6 +100,8 @@ def mix_chunks(
     x,
     y,
     denominators,
+    skip,
+    norm_weight,
     states,
     ones,
     sums,
@@ -121,6 +123,7 @@ def mix_chunks(
     x_token,
     x_head,
     floor,
+    norm_eps,
     H: tl.constexpr,
     G: tl.constexpr,
     E: tl.constexpr,
@@ -138,6 +141,8 @@ def mix_chunks(
     STAGES: tl.constexpr,
 ):
     """Mix a chunk for the query heads that share a decay: B, X, weights and states are loaded once for them.
+
+    What is mixed is finished, as :func:`mixers.ops.finish` does, with what is given of skip and norm.
 
     y [B, N, H, P] and ``denominators`` [B, N, H] are contiguous, in token order.
     """
@@ -230,6 +235,11 @@ def mix_chunks(
                 divisor += tl.sum(tl.where((columns == 1)[None], total, 0.0), 1) * right
             mixed /= tl.maximum(divisor, floor)[:, None]
             tl.store(denominators + place, divisor, mask=inside)
+        if skip is not None:
+            mixed += tl.load(skip + decay * R + r).to(tl.float32) * value.to(tl.float32)
+        if norm_weight is not None:
+            mixed *= tl.rsqrt(tl.sum(mixed * mixed, 1) / P + norm_eps)[:, None]
+            mixed *= tl.load(norm_weight + (decay * R + r) * P + ps, mask=ps < P, other=0).to(tl.float32)[None]
         tl.store(
             y + place[:, None] * P + ps[None],
             mixed.to(y.dtype.element_ty),
