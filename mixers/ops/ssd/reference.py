@@ -128,6 +128,7 @@ def check(
     initial_state: Tensor | None,
     state_shape: tuple[int, ...],
 ) -> None:
+    """Raise ShapeError unless the arguments of :func:`ssd` fit each other."""
     batch, length, heads, _ = c.shape
     groups = b.shape[2]
     if heads % groups or b.shape != (batch, length, groups, c.shape[3]) or x.shape[:3] != b.shape[:3]:

@@ -55,7 +55,7 @@ def _ssd_step(
             c, b, x, log_a, dt, state, skip, norm_weight, gate, y,
             states, width, values, eps, *_strides(c), *_strides(b), *_strides(x), *_strides(state),
             *log_a.stride(), *dt.stride(), *_strides(gate),
-            R=heads // states, R2=max(16, triton.next_power_of_2(heads // states)), SHARE=states // groups,
+            R=heads // states, R2=triton.next_power_of_2(heads // states), SHARE=states // groups,
             COLUMNS=state.stride(2), DENOMINATOR=denominator, FLOOR=DENOMINATOR_FLOOR,
             **_config(width, values, state.stride(2)),
         )  # fmt: skip
@@ -85,8 +85,8 @@ def _config(width: int, values: int, columns: int) -> dict[str, int]:
     Where rows are not aligned (a denominator's column after 128 others), threads access single numbers; with
     four warps each then holds whole columns, so that sums over K need no exchange.
     """
-    p2 = max(16, triton.next_power_of_2(values))
-    block_k = min(max(16, (8192 if columns % 4 == 0 else 4096) // p2), max(16, triton.next_power_of_2(width)))
+    p2 = triton.next_power_of_2(values)
+    block_k = min((8192 if columns % 4 == 0 else 4096) // p2, triton.next_power_of_2(width))
     return {"BLOCK_K": block_k, "P2": p2, "num_warps": min(max(block_k * p2 // 1024, 1), 8)}
 
 
@@ -119,16 +119,20 @@ def _step(
         kept = tl.load(at[:, None] + p[None, :], mask=there, other=0)
         key = tl.load(b + batch * stride_bb + e // SHARE * stride_bh + k, mask=k < K, other=0)
         key = key.to(tl.float32) * step
+        query = c + batch * stride_cb + e * R * stride_ch + k
+        following = tl.load(query, mask=k < K, other=0)
         kept = kept * decay + key[:, None] * value[None, :]
         if DENOMINATOR:
             last = tl.load(at + P, mask=k < K, other=0) * decay + key
             tl.store(at + P, last, mask=k < K)
         tl.store(at[:, None] + p[None, :], kept, mask=there)
-        query = c + batch * stride_cb + head[:, None] * stride_ch + k[None, :]
-        query = tl.load(query, mask=(r < R)[:, None] & (k < K)[None, :], other=0).to(tl.float32)
-        total = tl.dot(query, kept, total, input_precision="tf32x3")
-        if DENOMINATOR:
-            weight += tl.sum(query * last[None, :], 1)
+        for i in tl.static_range(R):
+            now = following.to(tl.float32)
+            if i + 1 < R:
+                following = tl.load(query + (i + 1) * stride_ch, mask=k < K, other=0)
+            total += tl.where((r == i)[:, None], tl.sum(now[:, None] * kept, 0)[None, :], 0)
+            if DENOMINATOR:
+                weight += tl.where(r == i, tl.sum(now * last, 0), 0)
 
     if DENOMINATOR:
         total = total / tl.maximum(weight, FLOOR)[:, None]

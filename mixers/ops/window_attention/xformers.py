@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixers.blocks import Blocks
+from mixers.errors import BackendError
 from mixers.ops.window_attention.reference import rotated
 
 
@@ -33,12 +34,18 @@ def block_attention(
     result = torch.zeros_like(flat_q)
     for table in [blocks] if isinstance(blocks, Blocks) else blocks:
         queries, keys, mask = _ragged(table)
-        y = memory_efficient_attention(
-            flat_q[queries][None].unflatten(2, (-1, group)),
-            *(t[keys][None, :, :, None].expand(-1, -1, -1, group, -1) for t in (flat_k, flat_v)),
-            attn_bias=mask,
-            scale=scale,
-        )
+        try:
+            y = memory_efficient_attention(
+                flat_q[queries][None].unflatten(2, (-1, group)),
+                *(t[keys][None, :, :, None].expand(-1, -1, -1, group, -1) for t in (flat_k, flat_v)),
+                attn_bias=mask,
+                scale=scale,
+            )
+        except NotImplementedError as error:
+            reason = str(error).partition("\n")[0]
+            raise BackendError(
+                f"xformers, as installed here, cannot attend in these windows: {reason}"
+            ) from error
         result = result.index_copy(0, queries, y[0].flatten(1, 2))
     return result.view_as(q)
 

@@ -73,7 +73,11 @@ def partitioned(
     kernels: list[SDPBackend],
 ) -> Tensor:
     """Copy windows together, attend within them by one call a size (no window is padded), copy back."""
-    rows = [Permuted.apply(t.flatten(0, 1), order, inverse) for t in (q, k, v)]
+    rows = [t.flatten(0, 1) for t in (q, k, v)]
+    if len(order) < len(rows[0]):  # text stands around the windows
+        rows = [t[order] for t in rows]
+    else:
+        rows = [Permuted.apply(t, order, inverse) for t in rows]
     mixed, start = [], 0
     for size, count in sizes:
         part = slice(start, start + size * count)
@@ -81,7 +85,10 @@ def partitioned(
         y = _sdpa(q_, k_, v_, kernels=kernels, causal=False, scale=scale)
         mixed.append(y.transpose(1, 2).flatten(0, 1))
         start = part.stop
-    return Permuted.apply(torch.cat(mixed), inverse, order).view(q.shape)
+    whole = torch.cat(mixed)
+    if len(order) < q.shape[0] * q.shape[1]:
+        return torch.zeros_like(q).flatten(0, 1).index_copy(0, order, whole).view(q.shape)
+    return Permuted.apply(whole, inverse, order).view(q.shape)
 
 
 def partitioned_windows(name: str, *kernels: SDPBackend) -> Peer:

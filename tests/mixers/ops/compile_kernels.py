@@ -2,9 +2,9 @@
 
     python -m tests.mixers.ops.compile_kernels 80 90 [op ...] [--sample 3]
 
-runs every case of the ops (or so many, evenly spaced) with launching replaced by compiling, and prints a JSON line a kernel: its name,
-the chip, its shared memory in bytes, and whether it uses the matrix units of Hopper. It runs in a process of
-its own, since a process that interprets kernels cannot compile them.
+runs every case of the ops (or so many, evenly spaced) with launching replaced by compiling, and prints a JSON
+line a kernel: its name, the chip, its shared memory in bytes, whether it uses the matrix units of Hopper, and what
+it spills. It runs in a process of its own, since a process that interprets kernels cannot compile them.
 """
 
 from __future__ import annotations

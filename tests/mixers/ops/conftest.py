@@ -29,7 +29,9 @@ def _within_bounds() -> Iterator[None]:
         inside = np.zeros(touched.shape, dtype=bool)
         for begin, end in spans:
             inside |= (touched >= begin) & (touched < end)
-        assert inside.all(), f"{(~inside).sum()} of {inside.size} addresses are outside of the kernel's tensors"
+        assert inside.all(), (
+            f"{(~inside).sum()} of {inside.size} addresses are outside of the kernel's tensors"
+        )
 
     def checked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
         check(ptrs, mask)

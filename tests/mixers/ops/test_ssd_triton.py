@@ -65,7 +65,10 @@ def draw(
     c, b, x = normal(h, width) * width**-0.5, normal(g, width), normal(g, values)
     if positive:
         c, b = c.softmax(-1), b.softmax(-1)
-    decays = [-(2 * normal(h if per_head else g)).exp() if i % 2 == 0 else normal(h if per_head else g).exp() for i in range(4)]
+    decays = [
+        -(2 * normal(h if per_head else g)).exp() if i % 2 == 0 else normal(h if per_head else g).exp()
+        for i in range(4)
+    ]
     return [c, b, x, *decays]
 
 
@@ -252,9 +255,7 @@ def test_on_the_chip(kind: str, dtype: torch.dtype, per_head: bool, denominator:
     n = length // 12 * 12
     layout = LAYOUTS[kind](n).to(DEVICE)
     inputs = draw((1, n), (8, 2), 64, 64, per_head, positive=denominator)
-    compare(
-        inputs, layout.scan("hwt"), layout.valid, dtype=dtype, denominator=denominator, start=True
-    )
+    compare(inputs, layout.scan("hwt"), layout.valid, dtype=dtype, denominator=denominator, start=True)
 
 
 @pytest.mark.gpu
@@ -288,7 +289,9 @@ def test_the_same_bits_twice() -> None:
 
     def gradients() -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in inputs]
-        y, _ = ssd(*leaves[:3], tuple(leaves[3:5]), tuple(leaves[5:]), scan=layout.scan("wht"), backend="triton")
+        y, _ = ssd(
+            *leaves[:3], tuple(leaves[3:5]), tuple(leaves[5:]), scan=layout.scan("wht"), backend="triton"
+        )
         return [y, *torch.autograd.grad(y.float().square().sum(), leaves)]
 
     for one, two in zip(gradients(), gradients()):
@@ -301,7 +304,9 @@ def test_a_million_tokens() -> None:
     """Offsets beyond 2³¹: the last packed sequence of a row of 2²⁰ tokens is as it is alone."""
     n, tail = 2**20, 3000
     sequence = (torch.arange(n, device=DEVICE) >= n - tail).long()[None]
-    layout = TokenLayout.from_grids(n, [[(5, (1000, 32, 32)), (n - tail + 9, (10, 16, 16))]], sequence=sequence.cpu())
+    layout = TokenLayout.from_grids(
+        n, [[(5, (1000, 32, 32)), (n - tail + 9, (10, 16, 16))]], sequence=sequence.cpu()
+    )
     alone = TokenLayout.from_grids(tail, [[(9, (10, 16, 16))]]).to(DEVICE)
     layout = layout.to(DEVICE)
     h, g, p = 28, 4, 128

@@ -74,7 +74,11 @@ def test_xformers_on_the_chip(name: str) -> None:
     pytest.importorskip("xformers")
     tables = TABLES[name](layout().to("cuda"))
     exact, tensors = inputs("cuda", torch.float64), inputs("cuda", torch.bfloat16)
-    for a, b in zip(results(exact, tables, "reference"), results(tensors, tables, "xformers")):
+    try:
+        found = results(tensors, tables, "xformers")
+    except BackendError as error:
+        pytest.skip(str(error))
+    for a, b in zip(results(exact, tables, "reference"), found):
         assert_close(name, a, b, 2e-2)
 
 

@@ -87,9 +87,7 @@ def _ssd(
 
 
 @_ssd.register_fake
-def _(
-    c: Tensor, b: Tensor, x: Tensor, decays: Sequence[Tensor], *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(c: Tensor, b: Tensor, x: Tensor, decays: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, heads, width = c.shape
     denominator = rest[6]
     last = (batch, decays[0].shape[2], width, x.shape[3] + denominator)
@@ -118,9 +116,7 @@ def _ssd_backward(
     grad_y: Tensor,
     grad_last: Tensor,
 ) -> list[Tensor]:
-    inputs = Inputs(
-        c, b, x, tuple(decays), Tables(order, valid, sequence, vision, extent), denominator
-    )
+    inputs = Inputs(c, b, x, tuple(decays), Tables(order, valid, sequence, vision, extent), denominator)
     grads, grad_first = scan_backward(inputs, first, y, denominators, grad_y, grad_last)
     return [*grads, grad_first]
 

@@ -36,8 +36,6 @@ def scan_backward(
     e, d, grad_y = inputs.heads, inputs.directions, grad_y.contiguous()
     with triton_support.on_device(c):
         cut = backward_cut(width, values, x.dtype, x.device)
-        queries, gradients, through, within = cut.queries, cut.states, cut.through, cut.inputs
-        assert queries and gradients and through and within
         sums = sum_all_decays(inputs, cut.chunk)
         states = entering_states(inputs, sums, cut, first)
         programs = batch * sums.chunks * e
@@ -82,14 +80,14 @@ def scan_backward(
             H=heads,
             G=groups,
             E=e,
-            BLOCK_K=queries.block,
-            TILES_K=cut.k // queries.block,
-            STAGES=queries.stages,
-            num_warps=queries.warps,
+            BLOCK_K=cut.queries.block,
+            TILES_K=cut.k // cut.queries.block,
+            STAGES=cut.queries.stages,
+            num_warps=cut.queries.warps,
             **shape,
         )
         added, added_ones = torch.empty_like(states.values), torch.empty_like(states.ones)
-        state_gradients[(programs * (cut.k // gradients.block),)](
+        state_gradients[(programs * (cut.k // cut.states.block),)](
             c,
             grad_y,
             denominators,
@@ -106,10 +104,10 @@ def scan_backward(
             DENOMINATOR_FLOOR,
             H=heads,
             E=e,
-            BLOCK_K=gradients.block,
-            TILES_K=cut.k // gradients.block,
-            STAGES=gradients.stages,
-            num_warps=gradients.warps,
+            BLOCK_K=cut.states.block,
+            TILES_K=cut.k // cut.states.block,
+            STAGES=cut.states.stages,
+            num_warps=cut.states.warps,
             **shape,
         )
         grad_states, grad_state_ones, grad_first = carry(
@@ -141,9 +139,9 @@ def scan_backward(
             *x.stride()[:3],
             G=groups,
             E=e,
-            BLOCK_K=through.block,
-            TILES_K=cut.k // through.block,
-            num_warps=through.warps,
+            BLOCK_K=cut.through.block,
+            TILES_K=cut.k // cut.through.block,
+            num_warps=cut.through.warps,
             **shape,
         )
         decays = [reached.new_empty(batch, length, e) for _ in inputs.decays]
@@ -173,9 +171,9 @@ def scan_backward(
             H=heads,
             G=groups,
             E=e,
-            BLOCK_K=within.block,
-            STAGES=within.stages,
-            num_warps=within.warps,
+            BLOCK_K=cut.inputs.block,
+            STAGES=cut.inputs.stages,
+            num_warps=cut.inputs.warps,
             **shape,
         )
     if e != groups:

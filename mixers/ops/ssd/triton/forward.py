@@ -187,7 +187,9 @@ def entering_states(inputs: Inputs, sums: Sums, cut: Cut, first: Tensor | None) 
     at_once = chunks_of_segment(batch * e * tiles, chunks)
     segments = triton.cdiv(chunks, at_once)
 
-    def run(states: Tensor, ones: Tensor, keeps: Tensor, firsts: Tensor, first_ones: Tensor, entering: bool) -> None:
+    def run(
+        states: Tensor, ones: Tensor, keeps: Tensor, firsts: Tensor, first_ones: Tensor, entering: bool
+    ) -> None:
         segment_states[(batch * segments * e * tiles,)](
             b,
             x,
@@ -250,7 +252,6 @@ def scan_forward(
     with triton_support.on_device(c):
         cut = forward_cut(width, values, heads // inputs.heads, inputs.both, x.dtype, x.device)
         mix = cut.mix
-        assert mix is not None
         sums = sum_all_decays(inputs, cut.chunk)
         states = entering_states(inputs, sums, cut, first)
         y = x.new_empty(batch, length, heads, values)

@@ -11,9 +11,9 @@ from mixers.ops.ssd.triton.states import leaving
 @triton.jit
 def numerator_gradient(grad_y, denominators, place, inside, ps, floor, P, DENOMINATOR: tl.constexpr):
     """Return the gradient of y before the division, fp32 [Q, P], and what it was divided by, [Q]."""
-    grad = tl.load(
-        grad_y + place[:, None] * P + ps[None], mask=inside[:, None] & (ps < P)[None], other=0
-    ).to(tl.float32)
+    grad = tl.load(grad_y + place[:, None] * P + ps[None], mask=inside[:, None] & (ps < P)[None], other=0).to(
+        tl.float32
+    )
     inverse = tl.zeros_like(tl.sum(grad, 1)) + 1
     if DENOMINATOR:
         inverse = 1 / tl.maximum(tl.load(denominators + place, mask=inside, other=1), floor)
@@ -212,9 +212,7 @@ def state_gradients(
         place = (row.to(tl.int64) * length + tokens) * H + decay * R + r
         grad, _ = numerator_gradient(grad_y, denominators, place, inside, ps, floor, P, DENOMINATOR)
         query = tl.load(queries + r * c_head, mask=inside[:, None] & (ks < K)[None], other=0).to(DOT)
-        forward = tl.dot(
-            tl.trans(query), (grad * left[:, None]).to(DOT), forward, input_precision=PRECISION
-        )
+        forward = tl.dot(tl.trans(query), (grad * left[:, None]).to(DOT), forward, input_precision=PRECISION)
         if BOTH:
             back = tl.dot(tl.trans(query), (grad * right[:, None]).to(DOT), back, input_precision=PRECISION)
         if DENOMINATOR:
@@ -299,7 +297,9 @@ def input_gradients_through_states(
     ).to(DOT)
     place = (row.to(tl.int64) * length + tokens) * E + head
     found_x = tl.zeros([Q, BLOCK_P], tl.float32)
-    left, dt = leaving(sums, ends, 0, row, head, steps, chunk, sequence, Q, length, B, E, chunks, padded, TERMS)
+    left, dt = leaving(
+        sums, ends, 0, row, head, steps, chunk, sequence, Q, length, B, E, chunks, padded, TERMS
+    )
     by_dt = tl.zeros([Q], tl.float32)
     passing = 0.0
     at = tl.cast((row * E + head) * chunks + chunk, tl.int64)

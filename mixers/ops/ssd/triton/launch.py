@@ -37,27 +37,41 @@ class Run:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a pass is cut: tokens of a chunk, K and P padded to powers of two, and how its kernels run.
+    """How a pass is cut.
 
     Attributes:
         chunk: Tokens Q of a chunk.
-        k: K, padded.
-        p: P, padded.
-        mix: The forward kernel.
+        k: K, padded to a power of two.
+        p: P, likewise.
+    """
+
+    chunk: int
+    k: int
+    p: int
+
+
+@dataclass(frozen=True)
+class ForwardCut(Cut):
+    """How the forward pass is cut, and how its last kernel runs."""
+
+    mix: Run
+
+
+@dataclass(frozen=True)
+class BackwardCut(Cut):
+    """How the backward pass is cut, and how its kernels run.
+
+    Attributes:
         queries: The gradient of C.
         states: The gradients of the entering states.
         through: The gradients of B and X through the states.
         inputs: The other gradients of B and X.
     """
 
-    chunk: int
-    k: int
-    p: int
-    mix: Run | None = None
-    queries: Run | None = None
-    states: Run | None = None
-    through: Run | None = None
-    inputs: Run | None = None
+    queries: Run
+    states: Run
+    through: Run
+    inputs: Run
 
 
 def padded(width: int) -> int:
@@ -67,12 +81,12 @@ def padded(width: int) -> int:
 
 def forward_cut(
     width: int, values: int, sharing: int, both: bool, dtype: torch.dtype, device: torch.device
-) -> Cut:
+) -> ForwardCut:
     """Choose how the forward pass is cut for K = ``width``, P = ``values``, ``sharing`` heads a state, and one
     direction or both."""
     k, p, room = padded(width), padded(values), triton_support.shared_memory(device)
     if dtype == torch.float32:
-        return Cut(32, k, p, mix=Run(min(k, 32), 4, 1))
+        return ForwardCut(32, k, p, mix=Run(min(k, 32), 4, 1))
     for chunk, block, warps, stages in (
         (128 if both else 64, k, 8 if both else 4, 3 if sharing > 1 else 1),
         (64, k, 4, 2),
@@ -89,20 +103,20 @@ def forward_cut(
         if block == k and stages == 1:
             loaded += chunk * k
         if dtype.itemsize * (fixed + max(1, stages - 1) * loaded) <= room:
-            return Cut(chunk, k, p, mix=Run(block, warps, stages))
-    return Cut(32, k, p, mix=Run(min(k, 32), 4, 1))
+            return ForwardCut(chunk, k, p, mix=Run(block, warps, stages))
+    return ForwardCut(32, k, p, mix=Run(min(k, 32), 4, 1))
 
 
-def backward_cut(width: int, values: int, dtype: torch.dtype, device: torch.device) -> Cut:
+def backward_cut(width: int, values: int, dtype: torch.dtype, device: torch.device) -> BackwardCut:
     """Choose how the backward pass is cut for K = ``width`` and P = ``values``."""
     k, p, room = padded(width), padded(values), triton_support.shared_memory(device)
     if dtype == torch.float32:
         run, wide = Run(min(k, 32), 4, 1), Run(min(k, 32), 8, 1)
-        return Cut(32, k, p, queries=run, states=run, through=wide, inputs=Run(k, 8, 1))
+        return BackwardCut(32, k, p, queries=run, states=run, through=wide, inputs=Run(k, 8, 1))
     large = room >= 200 * 1024
     tile = dtype.itemsize * 64 * (k + p)
     stages = max(s for s in (1, 2, 3) if s == 1 or s * tile * 1.25 <= room)
-    return Cut(
+    return BackwardCut(
         64,
         k,
         p,

@@ -8,7 +8,18 @@ from mixers.ops.ssd.triton.decays import at_steps, chunk_end, running, tokens_at
 
 @triton.jit
 def pair_decays(
-    sums, row, head, rows, columns, same_sequence, same_clip, B, E, padded, TERMS: tl.constexpr, BOTH: tl.constexpr
+    sums,
+    row,
+    head,
+    rows,
+    columns,
+    same_sequence,
+    same_clip,
+    B,
+    E,
+    padded,
+    TERMS: tl.constexpr,
+    BOTH: tl.constexpr,
 ):
     """Return what is left of token ``columns[j]`` at token ``rows[i]``, [I, J]: the decay between them, or 0."""
     total = running(sums, 0, 0, row, head, rows, B, E, padded, TERMS)
@@ -40,7 +51,19 @@ def pair_dts(sums, row, head, rows, columns, B, E, padded, TERMS: tl.constexpr, 
 
 @triton.jit
 def reach(
-    sums, ends, direction: tl.constexpr, row, head, steps, chunk, meets, B, E, chunks, padded, TERMS: tl.constexpr
+    sums,
+    ends,
+    direction: tl.constexpr,
+    row,
+    head,
+    steps,
+    chunk,
+    meets,
+    B,
+    E,
+    chunks,
+    padded,
+    TERMS: tl.constexpr,
 ):
     """Return what is left at each step of the state that enters the chunk, [Q]; 0 where it does not meet it."""
     total = running(sums, direction, 0, row, head, steps, B, E, padded, TERMS)
@@ -67,12 +90,16 @@ def pair_masks(sequence, extent, vision, row, rows, columns, length, BOTH: tl.co
     if BOTH:
         clip = at_steps(extent, row, rows, length, -1)
         sees = at_steps(vision, row, rows, length, 0) != 0
-        same_clip = (clip[:, None] == at_steps(extent, row, columns, length, -1)[None]) & sees[:, None] & (past == 0)
+        same_clip = (
+            (clip[:, None] == at_steps(extent, row, columns, length, -1)[None]) & sees[:, None] & (past == 0)
+        )
     return same_sequence, same_clip
 
 
 @triton.jit
-def meets_state(sequence, extent, vision, direction: tl.constexpr, row, steps, chunk, Q: tl.constexpr, length):
+def meets_state(
+    sequence, extent, vision, direction: tl.constexpr, row, steps, chunk, Q: tl.constexpr, length
+):
     """Return which steps of a chunk the state that enters it reaches, bool [Q]."""
     if direction == 0:
         entering = at_steps(sequence, row, tl.maximum(chunk * Q - 1, 0), length, 0)
@@ -239,7 +266,9 @@ def mix_chunks(
             mixed += tl.load(skip + decay * R + r).to(tl.float32) * value.to(tl.float32)
         if norm_weight is not None:
             mixed *= tl.rsqrt(tl.sum(mixed * mixed, 1) / P + norm_eps)[:, None]
-            mixed *= tl.load(norm_weight + (decay * R + r) * P + ps, mask=ps < P, other=0).to(tl.float32)[None]
+            mixed *= tl.load(norm_weight + (decay * R + r) * P + ps, mask=ps < P, other=0).to(tl.float32)[
+                None
+            ]
         tl.store(
             y + place[:, None] * P + ps[None],
             mixed.to(y.dtype.element_ty),

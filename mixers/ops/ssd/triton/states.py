@@ -154,7 +154,7 @@ def segment_states(
                 tl.store(states + (line * chunks + chunk) * SIZE + tile, state.to(states.dtype.element_ty))
                 if (tile_p == 0) & (tile_k == 0):
                     tl.store(keeps + line * chunks + chunk, keep)
-                if DENOMINATOR:
+                if DENOMINATOR:  # noqa: SIM102 -- known when it is compiled, the other when it runs
                     if tile_p == 0:
                         tl.store(ones + (line * chunks + chunk) * PADDED_K + ks, one)
             weight = left * dt
@@ -167,7 +167,7 @@ def segment_states(
             tl.store(states + at * SIZE + tile, state)
             if (tile_p == 0) & (tile_k == 0):
                 tl.store(keeps + at, kept)
-            if DENOMINATOR:
+            if DENOMINATOR:  # noqa: SIM102
                 if tile_p == 0:
                     tl.store(ones + at * PADDED_K + ks, one)
 
