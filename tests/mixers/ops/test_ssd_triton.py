@@ -5,7 +5,7 @@ Interpreted on small inputs where there is no GPU; on a GPU the same at sizes an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -41,14 +41,19 @@ def _full_precision() -> None:
 def small_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut so finely that a few dozen tokens span chunks, segments and tiles."""
     from mixers.ops.ssd.triton import backward, forward
-    from mixers.ops.ssd.triton.launch import Cut, Run, padded
+    from mixers.ops.ssd.triton.launch import BackwardCut, ForwardCut, Run, padded
 
-    def cut(width: int, values: int, *_: object) -> Cut:
-        run, k = Run(32, 4, 1), padded(width)
-        return Cut(16, k, padded(values), run, run, run, run, Run(k, 4, 1))
+    run = Run(32, 4, 1)
 
-    monkeypatch.setattr(forward, "forward_cut", cut)
-    monkeypatch.setattr(backward, "backward_cut", cut)
+    def forward_cut(width: int, values: int, *_: object) -> ForwardCut:
+        return ForwardCut(16, padded(width), padded(values), run)
+
+    def backward_cut(width: int, values: int, *_: object) -> BackwardCut:
+        k = padded(width)
+        return BackwardCut(16, k, padded(values), run, run, run, Run(k, 4, 1))
+
+    monkeypatch.setattr(forward, "forward_cut", forward_cut)
+    monkeypatch.setattr(backward, "backward_cut", backward_cut)
     monkeypatch.setattr(forward, "chunks_of_segment", lambda lines, chunks: 2)
 
 
@@ -65,10 +70,10 @@ def draw(
     c, b, x = normal(h, width) * width**-0.5, normal(g, width), normal(g, values)
     if positive:
         c, b = c.softmax(-1), b.softmax(-1)
-    decays = [
-        -(2 * normal(h if per_head else g)).exp() if i % 2 == 0 else normal(h if per_head else g).exp()
-        for i in range(4)
-    ]
+    decays = []
+    for _ in range(2):
+        log_a, dt = normal(h if per_head else g), normal(h if per_head else g)
+        decays += [-(2 * log_a).exp(), dt.exp()]
     return [c, b, x, *decays]
 
 
@@ -217,7 +222,7 @@ def test_lower_precision_is_refused_nowhere_and_fp64_everywhere() -> None:
 
 
 @pytest.fixture
-def scanned() -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
+def scanned() -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """A function of c through the op, and c."""
     layout = TokenLayout.from_grids(24, [[(3, (2, 2, 3))]]).to(DEVICE)
     scan = layout.scan("wht")
@@ -226,7 +231,7 @@ def scanned() -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
     def run(c: Tensor) -> Tensor:
         return ssd(c, b, x, tuple(decays[:2]), tuple(decays[2:]), scan=scan, backend="triton")[0]
 
-    yield run, c
+    return run, c
 
 
 def test_compiles_without_a_break(scanned: tuple[Callable[[Tensor], Tensor], Tensor]) -> None:
