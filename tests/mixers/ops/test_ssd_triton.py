@@ -210,6 +210,16 @@ def test_views_are_read_as_they_stand() -> None:
         assert torch.equal(found, ssd(*whole, decay, backend="triton")[0])
 
 
+def test_tables_of_a_part_of_a_row() -> None:
+    """The layout of a span of tokens has views of the whole row's tables."""
+    valid = torch.ones(2, 40, dtype=torch.bool)
+    valid[1, :9] = False
+    layout = TokenLayout.from_grids(40, [[(3, (2, 3, 4))], [(12, (2, 2, 5))]], valid=valid)
+    part = layout.select(tokens=slice(0, 35)).to(DEVICE)
+    inputs = draw((2, 35), (2, 1), 16, 16, True, positive=False)
+    compare(inputs, part.scan("thw"), part.valid, start=True)
+
+
 def test_lower_precision_is_refused_nowhere_and_fp64_everywhere() -> None:
     from mixers import BackendError
 
