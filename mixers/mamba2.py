@@ -160,11 +160,11 @@ class Mamba2(TokenMixer):
     def _convolve(
         self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scan: Scan, state: MixerState | None
     ) -> tuple[Tensor, ...]:
-        """Convolve q, k and v, each where it stands: joining them would copy all but a single token."""
+        """Convolve q, k and v: on a GPU each where it stands, since joining more than a token would cost a copy."""
         parts = [t.flatten(2) for t in (q, k, v)]
         widths = [t.shape[2] for t in parts]
-        single = q.shape[1] == 1
-        if single:
+        joined = q.shape[1] == 1 or not q.is_cuda
+        if joined:
             parts = [torch.cat(parts, dim=2)]
         sizes = [t.shape[2] for t in parts]
         histories: Sequence[Tensor | None] = [None] * len(parts)
@@ -179,7 +179,7 @@ class Mamba2(TokenMixer):
             short_conv(part, weight, scan=scan, history=before)
             for part, weight, before in zip(parts, self.conv_weight.split(sizes), histories)
         ]
-        if single:
+        if joined:
             mixed = mixed[0].split(widths, dim=2)
         return tuple(t.unflatten(-1, (-1, self.head_dim)) for t in mixed)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.bridges import models
 
-HEAVY = "peft datasets matplotlib triton mamba_ssm xformers timm torchvision deepspeed recipes"
+HEAVY = "peft datasets matplotlib mamba_ssm xformers timm torchvision deepspeed recipes"
 
 CODE = """
 import sys

@@ -53,8 +53,8 @@ def ssd(
     both = backward_decay is not None and scan.vision is not None
     decays = [*decay, *backward_decay] if both and backward_decay is not None else [*decay]
     dtype = torch.promote_types(torch.promote_types(c.dtype, b.dtype), x.dtype)
-    tables = (scan.order, scan.valid, scan.sequence, scan.vision, scan.extent)
-    tables = tuple(None if t is None else t.contiguous() for t in tables)
+    by_step = (scan.order, scan.valid, scan.sequence, scan.vision, scan.extent)
+    tables = [None if t is None else t.contiguous() for t in by_step]
     c, b, values = c.to(dtype), b.to(dtype), x.to(dtype)
     tensors = (c, b, x, *decays, initial_state, skip, norm_weight)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
