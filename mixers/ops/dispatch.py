@@ -12,9 +12,8 @@ from mixers.errors import BackendError, near
 
 ENVIRONMENT_VARIABLE = "LINMU_BACKEND"
 
-_chosen: list[
-    str
-] = []  # no context variable: torch.compile cannot trace one, and backward runs in other threads
+# No context variable: torch.compile cannot trace one, and backward runs in other threads.
+_chosen: list[str] = []
 _OPS: dict[str, Op] = {}
 
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,14 @@ def off_device(*tensors: Tensor | None) -> str | None:
         if t.is_floating_point() and t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"a tensor is {t.dtype}; kernels take float32, bfloat16 and float16"
     return None
+
+
+def dot_type(dtype: torch.dtype) -> Any:
+    """Return Triton's type of the operands of matrix products; interpreted, those of bf16 are wrong."""
+    import triton.language as tl
+
+    narrow = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    return tl.float32 if interpreting() else narrow.get(dtype, tl.float32)
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[object]:

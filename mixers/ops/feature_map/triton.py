@@ -28,7 +28,16 @@ def _feature_map(x: Tensor, weight: Tensor) -> Tensor:
     config = _config(x, backward=False)
     with triton_support.on_device(x):
         _forward[(triton.cdiv(batch * length, config["BLOCK_N"]) * heads,)](
-            x, weight, y, batch * length, length, heads, width, *leading(x), DOT=_dot(x), **config
+            x,
+            weight,
+            y,
+            batch * length,
+            length,
+            heads,
+            width,
+            *leading(x),
+            DOT=triton_support.dot_type(x.dtype),
+            **config,
         )
     return y
 
@@ -50,7 +59,7 @@ def _feature_map_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor
         _backward[(spans * heads,)](
             dy, x, weight, dx, partial,
             batch * length, length, heads, width, triton.cdiv(tiles, max(spans, 1)),
-            *leading(dy), *leading(x), DOT=_dot(x), **config,
+            *leading(dy), *leading(x), DOT=triton_support.dot_type(x.dtype), **config,
         )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
 
@@ -80,12 +89,6 @@ def _config(x: Tensor, backward: bool) -> dict[str, int]:
     else:
         block_n, warps = (64, 4) if narrow else (32, 8)
     return {"BLOCK_N": block_n, "P2": p2, "num_warps": warps, "num_stages": 1}
-
-
-def _dot(x: Tensor) -> tl.dtype:
-    """Type of the operands of matrix products; interpreted, those of bf16 are wrong."""
-    narrow = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    return tl.float32 if triton_support.interpreting() else narrow.get(x.dtype, tl.float32)
 
 
 @triton.jit

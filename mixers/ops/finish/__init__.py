@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from mixers.ops import triton_support
@@ -17,8 +19,8 @@ def _unsupported(
     skip: Tensor,
     *,
     norm_weight: Tensor | None = None,
-    norm_eps: float = 1e-6,
     gate: Tensor | None = None,
+    **options: Any,
 ) -> str | None:
     return triton_support.off_device(y, v, skip, norm_weight, gate)
 
@@ -29,18 +31,10 @@ def _unsupported(
     unsupported=_unsupported,
     hesitates=triton_support.hesitates,
 )
-def _triton(
-    y: Tensor,
-    v: Tensor,
-    skip: Tensor,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float = 1e-6,
-    gate: Tensor | None = None,
-) -> Tensor:
+def _triton(*args: Any, **kwargs: Any) -> Tensor:
     from mixers.ops.finish import triton
 
-    return triton.finish(y, v, skip, norm_weight=norm_weight, norm_eps=norm_eps, gate=gate)
+    return triton.finish(*args, **kwargs)
 
 
 finish.backend("reference")(reference.finish)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,11 +21,10 @@ def _unsupported(
     decay: tuple[Tensor, Tensor],
     state: Tensor,
     *,
-    denominator: bool = False,
     skip: Tensor | None = None,
     norm_weight: Tensor | None = None,
-    norm_eps: float = 1e-6,
     gate: Tensor | None = None,
+    **options: Any,
 ) -> str | None:
     if state.dtype != torch.float32 or state.stride(-1) != 1:
         return f"it updates a float32 state with contiguous rows, found {state.dtype} of strides {state.stride()}"
@@ -36,33 +37,10 @@ def _unsupported(
     unsupported=_unsupported,
     hesitates=triton_support.hesitates,
 )
-def _triton(
-    c: Tensor,
-    b: Tensor,
-    x: Tensor,
-    decay: tuple[Tensor, Tensor],
-    state: Tensor,
-    *,
-    denominator: bool = False,
-    skip: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_eps: float = 1e-6,
-    gate: Tensor | None = None,
-) -> Tensor:
+def _triton(*args: Any, **kwargs: Any) -> Tensor:
     from mixers.ops.ssd_step import triton
 
-    return triton.ssd_step(
-        c,
-        b,
-        x,
-        decay,
-        state,
-        denominator=denominator,
-        skip=skip,
-        norm_weight=norm_weight,
-        norm_eps=norm_eps,
-        gate=gate,
-    )
+    return triton.ssd_step(*args, **kwargs)
 
 
 ssd_step.backend("reference")(reference.ssd_step)

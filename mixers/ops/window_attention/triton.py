@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from mixers.blocks import Blocks
 from mixers.ops import triton_support
+from mixers.ops.strides import rows
 from mixers.ops.window_attention import launch
 from mixers.ops.window_attention.backward import (
     key_backward_kernel,
@@ -21,7 +21,6 @@ from mixers.ops.window_attention.backward import (
 )
 from mixers.ops.window_attention.forward import forward_kernel
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 LOG2E = math.log2(math.e)
 
 
@@ -144,7 +143,7 @@ def attention_backward(
     dk, dv = (
         (torch.empty if covered else torch.zeros)(t.shape, dtype=t.dtype, device=t.device) for t in (k, v)
     )
-    dy = _rows(dy)
+    dy = rows(dy)
     delta = torch.empty_like(lse)
     call = _Call(q, k, v, key_valid, cos, sin)
     strides = (*dy.stride()[:3], *call.strides)
@@ -212,7 +211,7 @@ class _Call:
         cos: Tensor | None,
         sin: Tensor | None,
     ) -> None:
-        self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
+        self.q, self.k, self.v = rows(q), rows(k), rows(v)
         self.shared = triton_support.shared_memory(q.device)
         turned, angles = (q.shape[3] + 1) // 2, (0, 0)
         if cos is not None and sin is not None:
@@ -226,7 +225,6 @@ class _Call:
     def options(self, cut: launch.Launch) -> dict[str, Any]:
         """Return the compile-time arguments that every kernel has."""
         heads, width = self.q.shape[2:]
-        exact = triton_support.interpreting() or self.q.dtype == torch.float32
         return {
             "G": self.k.shape[2],
             "GROUP": heads // self.k.shape[2],
@@ -239,7 +237,7 @@ class _Call:
             "ROTARY": self.masks[1] is not None,
             "MASKED": self.masks[0] is not None,
             "STAGES": cut.stages,
-            "DOT": tl.float32 if exact else DTYPES[self.q.dtype],
+            "DOT": triton_support.dot_type(self.q.dtype),
             "PRECISION": "ieee",
             "num_warps": cut.warps,
         }
@@ -250,10 +248,6 @@ class _Call:
             return None
         slots = table.queries.shape[1], table.keys.shape[1]
         return launch.backward_of_windows(*slots, self.q.shape[3], self.q.dtype, self.shared)
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _blank(like: Tensor, idle: Tensor | None) -> Tensor:

@@ -16,6 +16,18 @@ def tokens_at(order, row, steps, length):
 
 
 @triton.jit
+def head_rows(t, row, head, tokens, columns, row_stride, token_stride, head_stride):
+    """Return where some columns of a head stand at tokens, [tokens, columns]."""
+    return (
+        t
+        + row.to(tl.int64) * row_stride
+        + head * head_stride
+        + tokens[:, None] * token_stride
+        + columns[None]
+    )
+
+
+@triton.jit
 def at_steps(table, row, steps, length, FILL: tl.constexpr):
     """Return a table's values at steps; past the end it goes on with its last value, so that states pass."""
     if table is None:
@@ -116,7 +128,7 @@ def sum_decays(
         high = total.to(tl.float32)
         place = ((direction * TERMS * B + row) * E + heads)[None].to(tl.int64) * padded + steps[:, None]
         term = B.to(tl.int64) * E * padded
-        kept = (heads < E)[None] & (steps[:, None] < padded)
+        kept = (heads < E)[None]
         tl.store(sums + place, high, mask=kept)
         tl.store(sums + place + term, step, mask=kept)
         if TERMS == 3:

@@ -14,6 +14,7 @@ from mixers.ops.ssd.triton.decays import sum_decays
 from mixers.ops.ssd.triton.launch import Cut, chunks_of_segment, dots, forward_cut, state_tile
 from mixers.ops.ssd.triton.outputs import mix_chunks
 from mixers.ops.ssd.triton.states import carry_states, segment_states
+from mixers.ops.strides import rows
 
 LANES, STAGES = 256, 16
 
@@ -45,8 +46,7 @@ class Inputs:
 
     def __post_init__(self) -> None:
         for name in ("c", "b", "x"):
-            t = getattr(self, name)
-            object.__setattr__(self, name, t if t.stride(-1) == 1 else t.contiguous())
+            object.__setattr__(self, name, rows(getattr(self, name)))
 
     @property
     def both(self) -> bool:

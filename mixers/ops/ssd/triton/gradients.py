@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mixers.ops.ssd.triton.decays import at_steps, running, tokens_at
+from mixers.ops.ssd.triton.decays import at_steps, head_rows, running, tokens_at
 from mixers.ops.ssd.triton.outputs import meets_state, pair_decays, pair_dts, pair_masks, reach
 from mixers.ops.ssd.triton.states import leaving
 
@@ -84,12 +84,12 @@ def query_gradients(
     ks, ps = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_P)
     padded = chunks * Q
     value = tl.load(
-        x + row.to(tl.int64) * x_row + group * x_head + tokens[:, None] * x_token + ps[None],
+        head_rows(x, row, group, tokens, ps, x_row, x_token, x_head),
         mask=inside[:, None] & (ps < P)[None],
         other=0,
     ).to(DOT)
-    keys = b + row.to(tl.int64) * b_row + group * b_head + tokens[:, None] * b_token + ks[None]
-    queries = c + row.to(tl.int64) * c_row + decay * R * c_head + tokens[:, None] * c_token + ks[None]
+    keys = head_rows(b, row, group, tokens, ks, b_row, b_token, b_head)
+    queries = head_rows(c, row, decay * R, tokens, ks, c_row, c_token, c_head)
     same_sequence, same_clip = pair_masks(sequence, extent, vision, row, steps, steps, length, BOTH)
     weight = pair_decays(sums, row, decay, steps, steps, same_sequence, same_clip, B, E, padded, TERMS, BOTH)
     weight *= pair_dts(sums, row, decay, steps, steps, B, E, padded, TERMS, BOTH)
@@ -198,7 +198,7 @@ def state_gradients(
     tokens = tokens_at(order, row, steps, length)
     ks, ps = tile_k * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_P)
     padded = chunks * Q
-    queries = c + row.to(tl.int64) * c_row + decay * R * c_head + tokens[:, None] * c_token + ks[None]
+    queries = head_rows(c, row, decay * R, tokens, ks, c_row, c_token, c_head)
     meets = meets_state(sequence, extent, vision, 0, row, steps, chunk, Q, length)
     left = reach(sums, ends, 0, row, decay, steps, chunk, meets, B, E, chunks, padded, TERMS)
     forward = tl.zeros([BLOCK_K, BLOCK_P], tl.float32)
@@ -289,9 +289,9 @@ def input_gradients_through_states(
     ks, ps = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_P)
     padded = chunks * Q
     size: tl.constexpr = PADDED_K * BLOCK_P
-    keys = b + row.to(tl.int64) * b_row + group * b_head + tokens[:, None] * b_token + ks[None]
+    keys = head_rows(b, row, group, tokens, ks, b_row, b_token, b_head)
     value = tl.load(
-        x + row.to(tl.int64) * x_row + group * x_head + tokens[:, None] * x_token + ps[None],
+        head_rows(x, row, group, tokens, ps, x_row, x_token, x_head),
         mask=inside[:, None] & (ps < P)[None],
         other=0,
     ).to(DOT)
@@ -423,16 +423,16 @@ def input_gradients(
     known = inside[:, None] & (ks < K)[None]
     real = inside[:, None] & (ps < P)[None]
     key = tl.load(
-        b + row.to(tl.int64) * b_row + group * b_head + tokens[:, None] * b_token + ks[None],
+        head_rows(b, row, group, tokens, ks, b_row, b_token, b_head),
         mask=known,
         other=0,
     ).to(DOT)
     value = tl.load(
-        x + row.to(tl.int64) * x_row + group * x_head + tokens[:, None] * x_token + ps[None],
+        head_rows(x, row, group, tokens, ps, x_row, x_token, x_head),
         mask=real,
         other=0,
     ).to(DOT)
-    queries = c + row.to(tl.int64) * c_row + decay * R * c_head + tokens[:, None] * c_token + ks[None]
+    queries = head_rows(c, row, decay * R, tokens, ks, c_row, c_token, c_head)
     same_sequence, same_clip = pair_masks(sequence, extent, vision, row, steps, steps, length, BOTH)
     decays = tl.trans(
         pair_decays(sums, row, decay, steps, steps, same_sequence, same_clip, B, E, padded, TERMS, BOTH)

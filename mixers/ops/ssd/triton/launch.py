@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from mixers.ops import triton_support
@@ -16,8 +15,6 @@ NARROWEST = 64
 
 LONGEST_SEGMENT = 32
 FEWEST_PROGRAMS = 264
-
-DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True)
@@ -141,5 +138,7 @@ def chunks_of_segment(lines: int, chunks: int) -> int:
 
 def dots(t: Tensor) -> dict[str, object]:
     """Return the types of matrix products on t: fp32 inputs keep fp32's accuracy on the matrix units."""
-    kind = tl.float32 if triton_support.interpreting() else DOT_TYPES[t.dtype]
-    return {"DOT": kind, "PRECISION": "tf32x3" if t.dtype == torch.float32 else "ieee"}
+    return {
+        "DOT": triton_support.dot_type(t.dtype),
+        "PRECISION": "tf32x3" if t.dtype == torch.float32 else "ieee",
+    }

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mixers.ops.ssd.triton.decays import at_steps, chunk_end, running, tokens_at
+from mixers.ops.ssd.triton.decays import at_steps, chunk_end, head_rows, running, tokens_at
 
 
 @triton.jit
@@ -186,10 +186,10 @@ def mix_chunks(
     tokens = tokens_at(order, row, steps, length)
     ks, ps, columns = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_P), tl.arange(0, 16)
     padded = chunks * Q
-    queries = c + row.to(tl.int64) * c_row + decay * R * c_head + tokens[:, None] * c_token + ks[None]
+    queries = head_rows(c, row, decay * R, tokens, ks, c_row, c_token, c_head)
     keys = b + row.to(tl.int64) * b_row + group * b_head + tokens[None] * b_token + ks[:, None]
     value = tl.load(
-        x + row.to(tl.int64) * x_row + group * x_head + tokens[:, None] * x_token + ps[None],
+        head_rows(x, row, group, tokens, ps, x_row, x_token, x_head),
         mask=inside[:, None] & (ps < P)[None],
         other=0,
     ).to(DOT)

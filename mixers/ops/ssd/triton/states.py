@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mixers.ops.ssd.triton.decays import at_steps, chunk_end, running, tokens_at
+from mixers.ops.ssd.triton.decays import at_steps, chunk_end, head_rows, running, tokens_at
 
 
 @triton.jit
@@ -126,12 +126,12 @@ def segment_states(
             inside = steps < length
             tokens = tokens_at(order, row, steps, length)
             keys = tl.load(
-                b + row.to(tl.int64) * b_row + group * b_head + tokens[:, None] * b_token + ks[None],
+                head_rows(b, row, group, tokens, ks, b_row, b_token, b_head),
                 mask=inside[:, None] & (ks < K)[None],
                 other=0,
             ).to(DOT)
             values = tl.load(
-                x + row.to(tl.int64) * x_row + group * x_head + tokens[:, None] * x_token + ps[None],
+                head_rows(x, row, group, tokens, ps, x_row, x_token, x_head),
                 mask=inside[:, None] & (ps < P)[None],
                 other=0,
             ).to(tl.float32)
