@@ -33,6 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def _no_memory_kept(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Workers of one run share a GPU: what a test allocated there is given back after it."""
+    yield
+    if "gpu" in request.keywords:
+        torch.cuda.empty_cache()
+
+
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = allocate(*args, **kwargs)

@@ -12,6 +12,9 @@ from mixers.ops.ssd.chunks import DENOMINATOR_FLOOR
 from mixers.ops.ssd_step.reference import check
 from mixers.ops.strides import rows
 
+MANY = 512
+"""Programs that keep a chip's memory busy with one warp each."""
+
 
 def ssd_step(
     c: Tensor,
@@ -57,7 +60,7 @@ def _ssd_step(
             *log_a.stride(), *dt.stride(), *_strides(gate),
             R=heads // states, R2=triton.next_power_of_2(heads // states), SHARE=states // groups,
             COLUMNS=state.stride(2), DENOMINATOR=denominator, FLOOR=DENOMINATOR_FLOOR,
-            **_config(width, values, state.stride(2)),
+            **_config(width, values, batch * states),
         )  # fmt: skip
     return y
 
@@ -79,15 +82,19 @@ def _(
     return x.new_empty((*c.shape[:2], x.shape[2]))
 
 
-def _config(width: int, values: int, columns: int) -> dict[str, int]:
-    """Rows of a state that a program holds at once, and warps: 32 numbers a thread.
+def _config(width: int, values: int, programs: int) -> dict[str, int]:
+    """Rows of a state that a program holds at once, and warps.
 
-    Where rows are not aligned (a denominator's column after 128 others), threads access single numbers; with
-    four warps each then holds whole columns, so that sums over K need no exchange.
+    Many programs have one warp each, whose threads hold whole columns: sums over K then need no exchange. A few
+    have more, since one warp cannot keep a multiprocessor's memory busy.
     """
     p2 = triton.next_power_of_2(values)
-    block_k = min((8192 if columns % 4 == 0 else 4096) // p2, triton.next_power_of_2(width))
-    return {"BLOCK_K": block_k, "P2": p2, "num_warps": min(max(block_k * p2 // 1024, 1), 8)}
+    warps = 1 if programs >= MANY else 4
+    return {
+        "BLOCK_K": min(2048 * warps // p2, triton.next_power_of_2(width)),
+        "P2": p2,
+        "num_warps": warps,
+    }
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:
@@ -130,9 +137,9 @@ def _step(
             now = following.to(tl.float32)
             if i + 1 < R:
                 following = tl.load(query + (i + 1) * stride_ch, mask=k < K, other=0)
-            total += tl.where((r == i)[:, None], tl.sum(now[:, None] * kept, 0)[None, :], 0)
+            total = tl.where((r == i)[:, None], total + tl.sum(now[:, None] * kept, 0)[None, :], total)
             if DENOMINATOR:
-                weight += tl.where(r == i, tl.sum(now * last, 0), 0)
+                weight = tl.where(r == i, weight + tl.sum(now * last, 0), weight)
 
     if DENOMINATOR:
         total = total / tl.maximum(weight, FLOOR)[:, None]

@@ -46,7 +46,7 @@ def small_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(32, 4, 1)
 
     def forward_cut(width: int, values: int, *_: object) -> ForwardCut:
-        return ForwardCut(16, padded(width), padded(values), run)
+        return ForwardCut(32, padded(width), padded(values), run, rows=16)
 
     def backward_cut(width: int, values: int, *_: object) -> BackwardCut:
         k = padded(width)
@@ -124,7 +124,8 @@ def compare(
     for name, want, got in zip(names, expected, found):
         cancels = half and denominator and name not in ("y", "state")
         ratio = TOLERANCE[dtype] * (CANCELLING if cancels else 1)
-        if want.double().square().mean().sqrt() < 1e-4:  # a mean of one value has no gradient but rounding
+        # Gradients through a mean of a few values are differences of numbers near 1, down to rounding for one.
+        if want.double().square().mean().sqrt() < (0.1 if denominator and inputs[0].shape[1] < 64 else 1e-4):
             want, got = want + 1, got + 1
         assert_close(name, want, got, ratio)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from mixers.ops import triton_support
 from mixers.ops.ssd.chunks import DENOMINATOR_FLOOR
 from mixers.ops.ssd.triton.decays import sum_decays
-from mixers.ops.ssd.triton.launch import Cut, chunks_of_segment, dots, forward_cut, state_tile
-from mixers.ops.ssd.triton.outputs import mix_chunks
+from mixers.ops.ssd.triton.launch import NARROWEST, Cut, chunks_of_segment, dots, forward_cut, state_tile
+from mixers.ops.ssd.triton.outputs import mix_chunks, mix_rows
 from mixers.ops.ssd.triton.states import carry_states, segment_states
 from mixers.ops.strides import rows
 
@@ -251,19 +251,28 @@ def scan_forward(
     groups, values = x.shape[2:]
     with triton_support.on_device(c):
         cut = forward_cut(width, values, heads // inputs.heads, inputs.both, x.dtype, x.device)
-        mix = cut.mix
         sums = sum_all_decays(inputs, cut.chunk)
         states = entering_states(inputs, sums, cut, first)
         y = x.new_empty(batch, length, heads, values)
         denominators = x.new_empty((batch, length, heads) if inputs.denominator else 0, dtype=torch.float32)
         finish = finish or Finish()
-        mix_chunks[(batch * sums.chunks * inputs.heads,)](
+        mix, programs, tiles = mix_chunks, sums.chunks * inputs.heads, {"PADDED_K": cut.k}
+        if cut.rows:
+            mix, programs = mix_rows, sums.chunks * heads * (cut.chunk // cut.rows)
+            block = cut.mix.block
+            tiles = {
+                "ROWS": cut.rows,
+                "BLOCK_K": block,
+                "TILES_K": cut.k // block,
+                "BLOCK_S": min(block, NARROWEST),
+            }
+        mix[(batch * programs,)](
             c,
             b,
             x,
             y,
             denominators,
-            finish.skip,
+            None if finish.skip is None else finish.skip.contiguous(),
             None if finish.norm_weight is None else finish.norm_weight.contiguous(),
             states.values,
             states.ones,
@@ -287,14 +296,13 @@ def scan_forward(
             K=width,
             P=values,
             Q=cut.chunk,
-            BLOCK_K=mix.block,
             BLOCK_P=cut.p,
-            TILES_K=cut.k // mix.block,
             BOTH=inputs.both,
             DENOMINATOR=inputs.denominator,
             TERMS=inputs.terms,
-            STAGES=mix.stages,
-            num_warps=mix.warps,
+            STAGES=cut.mix.stages,
+            num_warps=cut.mix.warps,
+            **tiles,
             **dots(x),
         )
     return y, states.last, denominators

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from mixers.ops.ssd.triton.decays import at_steps, head_rows, running, tokens_at
-from mixers.ops.ssd.triton.outputs import meets_state, pair_decays, pair_dts, pair_masks, reach
 from mixers.ops.ssd.triton.states import leaving
+from mixers.ops.ssd.triton.weights import meets_state, pair_decays, pair_dts, pair_masks, pair_weights, reach
 
 
 @triton.jit
@@ -90,9 +90,9 @@ def query_gradients(
     ).to(DOT)
     keys = head_rows(b, row, group, tokens, ks, b_row, b_token, b_head)
     queries = head_rows(c, row, decay * R, tokens, ks, c_row, c_token, c_head)
-    same_sequence, same_clip = pair_masks(sequence, extent, vision, row, steps, steps, length, BOTH)
-    weight = pair_decays(sums, row, decay, steps, steps, same_sequence, same_clip, B, E, padded, TERMS, BOTH)
-    weight *= pair_dts(sums, row, decay, steps, steps, B, E, padded, TERMS, BOTH)
+    weight = pair_weights(
+        sums, sequence, extent, vision, row, decay, steps, steps, length, B, E, padded, TERMS, BOTH
+    )
     meets = meets_state(sequence, extent, vision, 0, row, steps, chunk, Q, length)
     left = reach(sums, ends, 0, row, decay, steps, chunk, meets, B, E, chunks, padded, TERMS)
     at = tl.cast((row * E + decay) * chunks + chunk, tl.int64)

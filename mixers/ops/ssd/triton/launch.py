@@ -49,9 +49,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class ForwardCut(Cut):
-    """How the forward pass is cut, and how its last kernel runs."""
+    """How the forward pass is cut, and how its last kernel runs.
+
+    Attributes:
+        mix: How the last kernel runs.
+        rows: Steps that a program mixes for one head; None: it mixes a whole chunk for all heads that share a
+            decay, all of K at once.
+    """
 
     mix: Run
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,25 +90,16 @@ def forward_cut(
     direction or both."""
     k, p, room = padded(width), padded(values), triton_support.shared_memory(device)
     if dtype == torch.float32:
-        return ForwardCut(32, k, p, mix=Run(min(k, 32), 4, 1))
-    for chunk, block, warps, stages in (
-        (128 if both else 64, k, 8 if both else 4, 3 if sharing > 1 else 1),
-        (64, k, 4, 2),
-        (128, 64, 8, 3),
-        (64, 64, 4, 3),
-        (64, 32, 4, 3),
-    ):
-        block = min(block, k)
-        fixed, loaded = chunk * p, chunk * block
-        if block == k:
-            fixed += chunk * k + 2 * k * p + 16 * k
-        else:
-            loaded += chunk * block + 2 * block * p
-        if block == k and stages == 1:
-            loaded += chunk * k
-        if dtype.itemsize * (fixed + max(1, stages - 1) * loaded) <= room:
-            return ForwardCut(chunk, k, p, mix=Run(block, warps, stages))
-    return ForwardCut(32, k, p, mix=Run(min(k, 32), 4, 1))
+        return ForwardCut(32, k, p, Run(min(k, 32), 4, 1), rows=32)
+    if sharing > 1:
+        for chunk, warps, stages in ((128, 8, 3) if both else (64, 4, 3), (64, 4, 2)):
+            fixed = chunk * p + chunk * k + 2 * k * p + 16 * k
+            if dtype.itemsize * (fixed + max(1, stages - 1) * chunk * k) <= room:
+                return ForwardCut(chunk, k, p, Run(k, warps, stages))
+    for block, stages in ((min(k, 128), 3), (min(k, 64), 3), (min(k, 64), 2)):
+        if dtype.itemsize * 64 * (block + (stages - 1) * (block + p)) <= room:
+            break
+    return ForwardCut(128, k, p, Run(block, 4, stages), rows=64)
 
 
 def backward_cut(width: int, values: int, dtype: torch.dtype, device: torch.device) -> BackwardCut:

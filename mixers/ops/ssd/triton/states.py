@@ -126,15 +126,15 @@ def segment_states(
             inside = steps < length
             tokens = tokens_at(order, row, steps, length)
             keys = tl.load(
-                head_rows(b, row, group, tokens, ks, b_row, b_token, b_head),
-                mask=inside[:, None] & (ks < K)[None],
+                b + row.to(tl.int64) * b_row + group * b_head + tokens[None] * b_token + ks[:, None],
+                mask=inside[None] & (ks < K)[:, None],
                 other=0,
-            ).to(DOT)
+            ).to(tl.float32)
             values = tl.load(
                 head_rows(x, row, group, tokens, ps, x_row, x_token, x_head),
                 mask=inside[:, None] & (ps < P)[None],
                 other=0,
-            ).to(tl.float32)
+            ).to(DOT)
             if direction == 0:
                 edge = at_steps(sequence, row, chunk * Q + Q - 1, length, 0)
                 other = at_steps(sequence, row, tl.maximum(chunk * Q - 1, 0), length, 0)
@@ -157,11 +157,10 @@ def segment_states(
                 if DENOMINATOR:  # noqa: SIM102 -- known when it is compiled, the other when it runs
                     if tile_p == 0:
                         tl.store(ones + (line * chunks + chunk) * PADDED_K + ks, one)
-            weight = left * dt
-            weighed = (values * weight[:, None]).to(DOT)
-            state = tl.dot(tl.trans(keys), weighed, state * keep, input_precision=PRECISION)
+            weighed = keys * (left * dt)[None]
+            state = tl.dot(weighed.to(DOT), values, state * keep, input_precision=PRECISION)
             if DENOMINATOR:
-                one = one * keep + tl.sum(keys.to(tl.float32) * weight[:, None], 0)
+                one = one * keep + tl.sum(weighed, 1)
             kept *= keep
         if not ENTERING:
             tl.store(states + at * SIZE + tile, state)
