@@ -111,11 +111,13 @@ def speedup(rows: Sequence[Row], op: str, value: str, tokens: int = TOKENS) -> f
 
 
 def crossover(rows: Sequence[Row], value: str, op: str = "ssd") -> int | None:
-    """Return the first length from which on ours is faster than causal attention at every length measured."""
+    """Return the first length from which on ours is faster than causal attention at every length measured.
+
+    None if there is none, or if one length alone was measured.
+    """
     since = None
-    for tokens in sorted(
-        {row["tokens"] for row in _speed(rows) if row["by"] == ATTENTION and row.get(value)}
-    ):
+    lengths = sorted({row["tokens"] for row in _speed(rows) if row["by"] == ATTENTION and row.get(value)})
+    for tokens in lengths if len(lengths) > 1 else ():
         attention = fastest([row for row in rows if row.get("by") == ATTENTION], op, "another", value, tokens)
         ours = fastest(rows, op, "ours", value, tokens)
         if attention is None or ours is None:

@@ -222,18 +222,20 @@ def check(
         from recipes.models import best_device
 
     names, widths, wanted, kinds = known(names), _shapes(shapes), parse_lengths(lengths), _dtypes(dtype)
+    rows: list[dict[str, Any]] = []
     with spinner("checks") as now:
-        rows = check_table(
-            names,
-            widths,
-            wanted,
-            dtypes=kinds,
-            device=torch.device(device or best_device()),
-            backends=backend or None,
-            progress=now,
-        )
+        for name in names:
+            rows += check_table(
+                [name],
+                widths,
+                wanted,
+                dtypes=kinds,
+                device=torch.device(device or best_device()),
+                backends=backend or None,
+                progress=now,
+            )
+            _write(ctx, rows, None, json, add)  # as for the speeds
     _print(f"errors at shapes {shapes}", rows)
-    _write(ctx, rows, None, json, add)
     if wrong := [row for row in rows if not row["right"]]:
         err.print(f"[bold red]{len(wrong)} of {len(rows)} checks failed[/]")
         raise typer.Exit(1)

@@ -111,6 +111,7 @@ def test_the_crossover_is_where_ours_becomes_and_stays_faster(ours: tuple, expec
         rows.append(speed("ssd", "triton", "ours", tokens, fwd_ms=float(mine)))
         rows.append(speed("ssd", ATTENTION, "another", tokens, fwd_ms=float(theirs)))
     assert crossover(rows, "fwd_ms") == expected
+    assert crossover(rows[-2:], "fwd_ms") is None
 
 
 def test_linearity_is_from_16k_to_a_million() -> None:
