@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 INK, GREY = "#222222", "#8a8a8a"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vP"
+MARKERS = "osD^vPX"
 
 
 class PlotError(RecipeError, RuntimeError):
