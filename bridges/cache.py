@@ -127,7 +127,7 @@ def mixer_layer(cache: Cache, layer_idx: int) -> MixerCacheLayer:
                 f"cache layer {layer_idx} already holds keys and values of another model; start from an empty cache."
             )
         static = [one for one in layers if isinstance(one, StaticLayer) and not one.is_sliding]
-        layer = layers[layer_idx] = MixerCacheLayer(max((one.max_cache_len for one in static), default=-1))
+        layer = layers[layer_idx] = MixerCacheLayer(max([-1, *(one.max_cache_len for one in static)]))
     return layer
 
 

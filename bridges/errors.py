@@ -11,6 +11,10 @@ class UnknownFamilyError(BridgeError, LookupError):
     """No family describes this model, or its attention is not found where the family says."""
 
 
+class AssumedFamilyWarning(UserWarning):
+    """No family lists this model; the message says what was assumed of it."""
+
+
 class UnsupportedAttentionError(BridgeError, ValueError):
     """The teacher's attention does something that the chosen mixer cannot carry."""
 
@@ -27,9 +31,17 @@ class LayoutCaptureError(BridgeError, ValueError):
     """The vision inputs do not match the tokens."""
 
 
+class LayoutFallbackWarning(UserWarning):
+    """What reaches the model does not tell where its vision stands; the message says what is assumed."""
+
+
 class CheckpointError(BridgeError, OSError):
     """A checkpoint is missing, incomplete, truncated, or of another format."""
 
 
 class CacheError(BridgeError, RuntimeError):
     """A cache was used in a way that a recurrent state does not allow."""
+
+
+class VersionError(BridgeError, RuntimeError):
+    """This version of transformers cannot do what is asked."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from bridges.attention import LAYOUT_KWARG
+from bridges.attention import LAYOUT_KWARG, MixerAttention
 from bridges.errors import LayoutCaptureError
 from bridges.families import Clips, Family
 from mixers import TokenLayout
@@ -26,16 +26,16 @@ from mixers import TokenLayout
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What ``generate`` was asked to continue: ids [B, N] that stand after ``offset`` cached tokens."""
+    """What ``generate`` was asked to continue: ids [B, N] (or embeddings) after ``offset`` cached tokens."""
 
-    ids: Tensor
+    ids: Tensor | None
     layout: TokenLayout
     offset: int
 
     def begins(self, input_ids: Any, start: int, beams: int) -> bool:
         """Whether ids fed to forward are the prompt's from token ``start`` on, in each of its beams."""
-        if not isinstance(input_ids, Tensor):
-            return True
+        if self.ids is None or not isinstance(input_ids, Tensor):
+            return not isinstance(input_ids, Tensor)
         own = self.ids[:, start : start + input_ids.shape[1]].repeat_interleave(beams, dim=0)
         return bool((input_ids[:, : own.shape[1]] == own.to(input_ids.device)).all())
 
@@ -60,6 +60,7 @@ class LayoutCapture:
         self.family = family
         self._prompts: dict[int, _Prompt | None] = {}
         self._read: dict[int, tuple[Any, Clips | None]] = {}
+        self._foretold: dict[int, tuple[Tensor, Clips | None]] = {}
 
     def attach(self, model: nn.Module, decoder: nn.Module) -> None:
         """Register the hooks on the decoder of a model and on the innermost model around it."""
@@ -69,6 +70,13 @@ class LayoutCapture:
             around[-1].register_forward_pre_hook(self.read_inputs, with_kwargs=True)
             around[-1].register_forward_hook(self.forget_inputs, always_call=True)
         decoder.register_forward_pre_hook(self.add_layout, with_kwargs=True)
+
+    def foretell(self, embeddings: Tensor, clips: Clips | None) -> None:
+        """Say where vision stands in embeddings [B, N, D] that the next forward or ``generate`` gets as they are.
+
+        For models that put vision between the tokens before their decoder, which then sees no ids.
+        """
+        self._foretold[threading.get_ident()] = embeddings, clips
 
     @contextlib.contextmanager
     def prompt(self, config: Any, input_ids: Any, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -87,8 +95,9 @@ class LayoutCapture:
 
     def _read_prompt(self, config: Any, input_ids: Any, inputs: Mapping[str, Any]) -> _Prompt | None:
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.shape[1]:
-            self.family.clips(config, None, inputs)
-            return None
+            embeddings: Any = inputs.get("inputs_embeds")
+            clips = self._find_without_ids(config, embeddings, inputs)
+            return None if clips is None else _Prompt(None, _layout(embeddings, clips), 0)
         mask, seen, offset = inputs.get("attention_mask"), _seen(inputs), 0
         if mask is not None and mask.shape[1] != input_ids.shape[1]:
             offset = seen  # transformers' sign that the ids of cached tokens are left out
@@ -101,6 +110,7 @@ class LayoutCapture:
             clips = self.family.clips(config, input_ids, inputs)
         return _Prompt(input_ids, _layout(input_ids, clips), offset)
 
+    @torch.compiler.disable
     def read_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model around the decoder."""
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -112,10 +122,12 @@ class LayoutCapture:
             clips = self._find_clips(model.config, input_ids, kwargs)
         self._read[threading.get_ident()] = mask, clips
 
+    @torch.compiler.disable
     def forget_inputs(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the same model, run after an error too, which may have kept them from the decoder."""
         self._read.pop(threading.get_ident(), None)
 
+    @torch.compiler.disable
     def add_layout(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -123,13 +135,14 @@ class LayoutCapture:
         tokens = kwargs.get("inputs_embeds")
         if tokens is None:
             tokens = kwargs.get("input_ids", args[0] if args else None)
-        mask, clips = self._read.pop(threading.get_ident(), (None, None))
-        if mask is None:
-            mask = kwargs.get("attention_mask")
+        mask, clips = kwargs.get("attention_mask"), None
+        if (read := self._read.pop(threading.get_ident(), None)) is not None:
+            mask, clips = read  # of which the model around may have made a mask of pairs
         if tokens is not None and kwargs.get(LAYOUT_KWARG) is None:
             valid = _valid(tokens, mask, _seen(kwargs))
             sequence = _packed_sequences(tokens, valid is not None, kwargs)
             kwargs[LAYOUT_KWARG] = _layout(tokens, clips, valid, sequence)
+            _prepare(decoder, kwargs)
         return args, kwargs
 
     def _find_clips(self, config: Any, input_ids: Any, kwargs: Mapping[str, Any]) -> Clips | None:
@@ -145,9 +158,32 @@ class LayoutCapture:
             rows, rest = divmod(len(tokens), prompt.layout.batch_size)
             if start >= 0 and rest == 0 and prompt.begins(input_ids, start, rows):
                 return prompt.part(start, tokens.shape[1], rows, tokens.device)
-        if tokens.shape[1] == 1:
-            return None
-        return self.family.clips(config, input_ids if isinstance(input_ids, Tensor) else None, kwargs)
+        if not isinstance(input_ids, Tensor):
+            return self._find_without_ids(config, tokens, kwargs)
+        return self.family.clips(config, input_ids, kwargs) if tokens.shape[1] > 1 else None
+
+    def _find_without_ids(self, config: Any, embeddings: Any, kwargs: Mapping[str, Any]) -> Clips | None:
+        told_of, clips = self._foretold.pop(threading.get_ident(), (None, None))
+        if told_of is not None and told_of is not embeddings:
+            raise LayoutCaptureError(
+                f"vision was found in embeddings of shape {list(told_of.shape)}, but others reached the decoder, so "
+                "where it stands in them is not known; pass them on as they are (VILA: packing=False)."
+            )
+        if told_of is not None or (isinstance(embeddings, Tensor) and embeddings.shape[1] == 1):
+            return clips
+        return self.family.clips(config, None, kwargs)
+
+
+def _prepare(decoder: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Make the tables of a layout once for all layers, before ``torch.compile`` could trace how."""
+    config: Any = decoder.config
+    layout, use_cache = kwargs[LAYOUT_KWARG], kwargs.get("use_cache")
+    use_cache = config.use_cache if use_cache is None else use_cache
+    cached = bool(use_cache or kwargs.get("past_key_values") is not None)
+    cached = cached and not (decoder.training and torch.is_grad_enabled())
+    for part in decoder.modules() if layout.length > 1 else ():
+        if isinstance(part, MixerAttention):
+            part.mixer.prepare(layout, cached=cached)
 
 
 def _layout(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,8 +15,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bridges.attention import MixerAttention
-from bridges.errors import AlreadyConvertedError, BridgeError, UnsupportedAttentionError
-from bridges.families import Family, family_of
+from bridges.dropped import dropped
+from bridges.errors import (
+    AlreadyConvertedError,
+    AssumedFamilyWarning,
+    BridgeError,
+    UnsupportedAttentionError,
+)
+from bridges.families import Family, family_for
 from bridges.patterns import Spec, resolve
 from bridges.transfer import Transfer, transfers
 from mixers import ConfigError, MixerConfig, TokenMixer, get
@@ -53,6 +61,7 @@ class Report:
         init: Where the mixers' projections come from.
         layers: One entry a converted layer.
         kept_layers: Indices of the layers whose attention stays.
+        assumed: What was taken for granted of a model that no family lists.
     """
 
     model_class: str
@@ -60,6 +69,7 @@ class Report:
     init: Init
     layers: tuple[LayerPlan, ...]
     kept_layers: tuple[int, ...]
+    assumed: tuple[str, ...] = ()
 
     @property
     def state_bytes(self) -> int | None:
@@ -86,6 +96,8 @@ class Report:
         with console.capture() as captured:
             console.print(table)
             console.print(f"Decoding state of the converted layers: {kept}.", highlight=False)
+            if self.assumed:
+                console.print(f"assumed: {'; '.join(self.assumed)}.", highlight=False, markup=False)
         return captured.get().rstrip()
 
 
@@ -122,21 +134,25 @@ def plan(
         raise BridgeError(f"init must be 'attention' or 'random', found {init!r}.")
     text_config = model.config.get_text_config(decoder=True)
     chosen = resolve(spec, layers, len(attentions), config)
+    for index in chosen:
+        _check_weights(index, attentions[index])
+    family.check(model, [attentions[index] for index in chosen])
     rows = []
     for index, (name, settings) in chosen.items():
         attention = attentions[index]
         cls = get(name)
-        _check_weights(index, attention)
         teachers = family.mixer_fields(attention, text_config)
-        full = cls.config_class.from_dict({**teachers, **settings})
+        twins = family.twin_fields(attention) if issubclass(cls, Attention) else {}
+        full = cls.config_class.from_dict({**teachers, **twins, **settings})
         _check_shape(full, teachers)
-        dropped = family.dropped(attention, full, name)
         with torch.device("meta"):
             mixer = cls(full, projections=init == "random")
-        done = transfers(mixer, attention, family, init, dropped)
+        done = transfers(mixer, attention, family, init, dropped(mixer, attention, family))
         rows.append(LayerPlan(index, name, full, tuple(done), _state_bytes(mixer, attention)))
     kept = tuple(i for i in range(len(attentions)) if i not in chosen)
-    return Report(type(model).__name__, model.config.model_type, init, tuple(rows), kept)
+    if family.assumed:
+        _warn_once(type(model).__name__, model.config.model_type, family.assumed)
+    return Report(type(model).__name__, model.config.model_type, init, tuple(rows), kept, family.assumed)
 
 
 def find_attention(model: nn.Module) -> tuple[Family, list[nn.Module]]:
@@ -152,7 +168,7 @@ def find_attention(model: nn.Module) -> tuple[Family, list[nn.Module]]:
         )
     if not isinstance(model, PreTrainedModel):
         raise BridgeError(f"replace_attention needs a transformers model, found {type(model).__name__}.")
-    family = family_of(model.config.model_type)
+    family = family_for(model)
     attentions = [family.attention(layer) for layer in family.layers(model)]
     converted = [i for i, a in enumerate(attentions) if isinstance(a, MixerAttention)]
     if converted:
@@ -161,6 +177,16 @@ def find_attention(model: nn.Module) -> tuple[Family, list[nn.Module]]:
             "such as {'*': 'mmate', '0': 'attention'} for all layers."
         )
     return family, attentions
+
+
+@functools.cache
+def _warn_once(model_class: str, model_type: str, assumed: tuple[str, ...]) -> None:
+    warnings.warn(
+        f"no family lists {model_class} (model_type {model_type!r}); assumed: {'; '.join(assumed)}. Make sure by "
+        "replace_attention(copy, 'attention'), which has to give the model's own logits (docs: add a model family).",
+        AssumedFamilyWarning,
+        stacklevel=3,
+    )
 
 
 def _check_weights(index: int, attention: nn.Module) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from packaging import version
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -26,37 +27,27 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bridges import masks
 from bridges.atomic import atomic_directory, older
-from bridges.attention import MixerAttention
+from bridges.attention import MixerAttention, rotary_sections
 from bridges.cache import mixer_layer
-from bridges.errors import CheckpointError
-from bridges.families import Family, family_of
+from bridges.card import model_card
+from bridges.errors import CheckpointError, VersionError
+from bridges.families import Family, family_for
 from bridges.layout_capture import LayoutCapture
-from bridges.plan import Report
+from bridges.record import RECORD, record_of, upgraded
 from bridges.transfer import adopt_projections
 from mixers import get
 
 MODEL_TYPE = "linmu"
-RECORD = "linmu"
-FORMAT_VERSION = 1
 FP32_PARAMETERS = ("A_log", "dt_bias")
 WEIGHT_FILES = "model*.safetensors*"
+CARD = "README.md"
+CHUNKS_SINCE = "5.23"
 
 _AUTO_CLASSES = [
     auto
     for name, auto in vars(modeling_auto).items()
     if name.startswith("AutoModel") and hasattr(auto, "_model_mapping")
 ]
-
-
-def surgery_record(report: Report, layer_count: int) -> dict[str, Any]:
-    """Return what the config keeps of a conversion: enough to build the same modules again."""
-    return {
-        "version": FORMAT_VERSION,
-        "layer_count": layer_count,
-        "layers": {
-            str(row.index): {"mixer": row.mixer, "config": row.config.to_dict()} for row in report.layers
-        },
-    }
 
 
 def become_converted(model: PreTrainedModel, family: Family, record: dict[str, Any]) -> None:
@@ -130,6 +121,7 @@ def converted_model(base: Any) -> Any:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_is_stateful": True,
+        "base_class": base,
         "config_class": converted_config(base.config_class),
     }
     if not issubclass(base, GenerationMixin):
@@ -141,6 +133,11 @@ def converted_model(base: Any) -> Any:
 
 class _Converted:
     """What converted models do otherwise than their base; mixed into the classes made on the fly."""
+
+    base_class: type[PreTrainedModel]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank_model, (self.base_class,), self.__dict__
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load as the base does, and from the names in files too, where some bases name weights otherwise.
@@ -174,7 +171,11 @@ class _Converted:
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, MixerAttention):
                 layers[str(module.layer_idx)]["config"] = module.mixer.config.to_dict()
+        card, name = Path(save_directory) / CARD, Path(save_directory).resolve().name
         with atomic_directory(save_directory, replaces=WEIGHT_FILES) as temporary:
+            if not card.exists():
+                architecture = type(self).__name__
+                (temporary / CARD).write_text(model_card(name, architecture, _record(self)), encoding="utf-8")
             save(temporary)
 
 
@@ -183,9 +184,22 @@ class _Generating:
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as the base does, with the prompt's vision layout known to every layer."""
+        self._check_chunks(kwargs)
         ids = kwargs.get("input_ids") if inputs is None else inputs
         with self.layout_capture.prompt(self.config, ids, kwargs):  # type: ignore[attr-defined]
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_chunks(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuse prefill in chunks where this transformers mistakes the positions of models that see."""
+        settings = kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+        asked = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
+        config = self.config  # type: ignore[attr-defined]
+        sees = config.get_text_config(decoder=True) is not config
+        if asked and sees and version.parse(transformers.__version__) < version.parse(CHUNKS_SINCE):
+            raise VersionError(
+                f"prefill_chunk_size={asked} with a model that sees needs transformers {CHUNKS_SINCE} or newer, "
+                f"found {transformers.__version__}, which gets its positions wrong; update it, or prefill whole."
+            )
 
 
 def _with_mixers_in_cache(prepare: Any) -> Any:
@@ -246,8 +260,12 @@ class _ConvertedConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read what :meth:`to_dict` wrote."""
+        """Read what :meth:`to_dict` wrote, now or in an older version of the library."""
         fields = {k: v for k, v in config_dict.items() if k != "base_model_type"}
+        if record := record_of(fields):
+            holder = fields if RECORD in fields else {**fields["text_config"]}
+            holder[RECORD] = upgraded(record, "the config")
+            fields = fields if RECORD in fields else {**fields, "text_config": holder}
         fields["model_type"] = cls.base_class.model_type
         return super().from_dict(fields, **kwargs)  # type: ignore[misc]
 
@@ -271,6 +289,12 @@ class LinmuConfig(PreTrainedConfig):
 AutoConfig.register(MODEL_TYPE, LinmuConfig, exist_ok=True)
 
 
+def _blank_model(base: Any) -> Any:
+    """Make what a pickled model's fields go into, its class being made on the fly."""
+    model_class = converted_model(base)
+    return model_class.__new__(model_class)
+
+
 def _restore_config(base: Any, fields: dict[str, Any]) -> PreTrainedConfig:
     config_class = converted_config(base)
     config = config_class.__new__(config_class)
@@ -281,8 +305,9 @@ def _restore_config(base: Any, fields: dict[str, Any]) -> PreTrainedConfig:
 def _rebuild(model: Any) -> None:
     """Replace the attention of a freshly constructed model as its config's record says."""
     record = _record(model)
-    family = family_of(model.config.model_type)
+    family = family_for(model)
     layers = family.layers(model)
+    sections = rotary_sections(model.config.get_text_config(decoder=True))
     for index, entry in record["layers"].items():
         layer = layers[int(index)]
         attention = family.attention(layer)
@@ -291,7 +316,7 @@ def _rebuild(model: Any) -> None:
         cls = get(entry["mixer"])
         mixer = cls(cls.config_class.from_dict(entry["config"]), projections=False)
         adopt_projections(mixer, attention, family)
-        setattr(layer, family.attention_name, MixerAttention(mixer, int(index)))
+        setattr(layer, family.attention_name, MixerAttention(mixer, int(index), sections))
     _connect(model, family, record)
 
 
@@ -319,17 +344,13 @@ def _build_no_masks(model: Any) -> None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    fields = _read_json(path / "config.json")
+    fields = read_json(path / "config.json")
     if fields.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
             f"{path} holds a {fields.get('model_type')!r} model, not a converted one; load it with transformers "
             "and convert it by replace_attention."
         )
-    record = fields.get(RECORD) or (fields.get("text_config") or {}).get(RECORD) or {}
-    if record.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} is of format version {record.get('version')}, this linmu reads {FORMAT_VERSION}; update linmu."
-        )
+    upgraded(record_of(fields), path)
     if fields.get("base_model_type") not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{path / 'config.json'} names the base_model_type {fields.get('base_model_type')!r}, unknown to "
@@ -348,12 +369,19 @@ def _architecture(path: Path, fields: dict[str, Any]) -> Any:
     return base
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object that belongs to a checkpoint.
+
+    Raises:
+        CheckpointError: It is missing, or damaged.
+    """
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         left = older(file.parent)
         hint = f" A save to it was killed; the older model is whole at {left}." if left.exists() else ""
+        if (file.parent / "new_weights.json").exists() and file.name == "config.json":
+            hint = " It holds new weights alone: load the teacher, and call load_new_weights(teacher, path)."
         raise CheckpointError(
             f"there is no converted model at {file.parent}: {file.name} is missing.{hint}"
         ) from error
@@ -371,7 +399,7 @@ def _check_weights(path: Path) -> None:
     index = path / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
     for name in names:
         try:
             with safe_open(path / name, framework="pt") as file:

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bridges.attention import MixerAttention
-from bridges.families import Family, family_of
+from bridges.attention import MixerAttention, rotary_sections
+from bridges.families import Family, family_for
 from bridges.patterns import Spec
 from bridges.plan import Init, LayerPlan, Report, find_attention, plan
-from bridges.pretrained import become_converted, surgery_record
+from bridges.pretrained import become_converted
+from bridges.record import surgery_record, teacher_name
 from bridges.transfer import adopt_projections
 from mixers import get
 
@@ -49,11 +50,13 @@ def replace_attention(
     """
     report = plan(model, spec, layers=layers, init=init, **config)
     family, attentions = find_attention(model)
-    built = {row.index: _build(row, attentions[row.index], family, init) for row in report.layers}
-    record = surgery_record(report, len(attentions))
+    record = surgery_record(report, len(attentions), teacher_name(model))
     decoder_layers = family.layers(model)
-    for index, attention in built.items():
-        setattr(decoder_layers[index], family.attention_name, attention)
+    sections = rotary_sections(model.config.get_text_config(decoder=True))
+    for row in report.layers:  # one at a time, so that no more than one layer's weights are held twice
+        built = _build(row, attentions[row.index], family, init, sections)
+        setattr(decoder_layers[row.index], family.attention_name, built)
+        attentions[row.index] = built
     become_converted(model, family, record)
     return report
 
@@ -68,11 +71,13 @@ def attention_layers(model: Any) -> dict[int, nn.Module]:
         UnknownFamilyError: The model is of no known family.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    family = family_of(base.config.model_type)
+    family = family_for(base)
     return {i: family.attention(layer) for i, layer in enumerate(family.layers(base))}
 
 
-def _build(row: LayerPlan, attention: nn.Module, family: Family, init: Init) -> MixerAttention:
+def _build(
+    row: LayerPlan, attention: nn.Module, family: Family, init: Init, sections: tuple[int, ...]
+) -> MixerAttention:
     weight = next(attention.parameters())
     with torch.device(weight.device):
         mixer = get(row.mixer)(copy.deepcopy(row.config), projections=init == "random")
@@ -80,4 +85,4 @@ def _build(row: LayerPlan, attention: nn.Module, family: Family, init: Init) -> 
     if init == "attention":
         adopt_projections(mixer, attention, family)
     mixer.train(attention.training)
-    return MixerAttention(mixer, row.index)
+    return MixerAttention(mixer, row.index, sections)

@@ -1,27 +1,55 @@
-"""Causal softmax attention: the exact twin of the teacher's layer, and the identity bridge's mixer."""
+"""Softmax attention as teachers have it: the exact twin of their layer, and the identity bridge's mixer."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixers.errors import ConfigError
 from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
 from mixers.layout import TokenLayout
 from mixers.registry import register
 from mixers.rotary import apply_rotary
+from mixers.softmax import softmax_attention
 
 QUERIES_AT_ONCE = 512
 
 
-@register("attention", config=MixerConfig)
+@dataclass(kw_only=True)
+class AttentionConfig(MixerConfig):
+    """Settings of ``attention``.
+
+    Args:
+        window: Tokens of the row that each token looks back at, itself and padding included, as
+            Hugging Face counts. None: all.
+        bidirectional: Whether the tokens of a clip look at its later tokens too, as far as those
+            before the clip's end; text stays causal (Gemma 3, arXiv 2503.19786).
+    """
+
+    window: int | None = None
+    bidirectional: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"window must be at least 1 or None, found {self.window}.")
+
+
+@register("attention", config=AttentionConfig)
 class Attention(TokenMixer):
     """Softmax attention over all earlier tokens; O(N²) time, and a state that grows.
 
-    Causal for text and vision alike, as decoders are trained. It exists to prove a bridge exact and
-    to keep chosen layers as they were. No N×N mask is ever built: padded and packed rows are masked
-    for a few queries at a time.
+    Causal for text and vision alike, as decoders are trained, unless they were trained otherwise. It
+    exists to prove a bridge exact and to keep chosen layers as they were. No N×N mask is ever built:
+    a few queries at a time are masked, with the keys that any of them looks at. With a ``window``
+    the state grows to that many tokens.
     """
+
+    config: AttentionConfig
+    uses_softcap = True
 
     def mix_heads(
         self,
@@ -42,37 +70,51 @@ class Attention(TokenMixer):
             current = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if valid is None else valid
             k, v = (torch.cat([state[n].to(t.dtype), t], dim=1) for n, t in (("k", k), ("v", v)))
             valid = torch.cat([state["valid"], current], dim=1)
-            state.update(k=k.detach(), v=v.detach(), valid=valid)
+            window = self.config.window
+            kept = slice(0 if window is None else max(0, k.shape[1] - window + 1), None)
+            state.update(k=k[:, kept].detach(), v=v[:, kept].detach(), valid=valid[:, kept])
             if bool(valid.all()):
                 valid = None
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = self._attend(q, k, v, valid, layout.sequence, past)
-        return y.transpose(1, 2), None
+        return self._attend(q, k, v, valid, layout, past).transpose(1, 2), None
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, sequence: Tensor | None, past: int
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, layout: TokenLayout, past: int
     ) -> Tensor:
-        gqa = self.num_heads != self.num_kv_heads
-        length = q.shape[2]
-        if valid is None and sequence is None and (past == 0 or length == 1):
-            causal = past == 0 and length > 1
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=self.scale, enable_gqa=gqa)
-        keys = torch.arange(past + length, device=q.device)
+        length, window = q.shape[2], self.config.window or past + q.shape[2]
+        if length == 0:
+            return q
+        ends = layout.end if self.config.bidirectional and layout.clip is not None else None
+        plain = valid is None and layout.sequence is None and ends is None and self.config.softcap is None
+        if plain and window >= past + length and (past == 0 or length == 1):
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=length > 1, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
         outputs = []
         for start in range(0, length, QUERIES_AT_ONCE):
-            at = past + torch.arange(start, min(start + QUERIES_AT_ONCE, length), device=q.device)
-            seen = (keys <= at[:, None])[None]
+            own = slice(start, min(start + QUERIES_AT_ONCE, length))
+            at = past + torch.arange(own.start, own.stop, device=q.device)
+            end = at[None] + 1 if ends is None else past + ends[:, own]
+            first, stop = max(0, past + own.start - window + 1), past + own.stop
+            if ends is not None:
+                stop = max(stop, int(end.max()))
+            keys = torch.arange(first, stop, device=q.device)
+            seen = (keys < end[..., None]) & (keys > at[:, None] - window)
             if valid is not None:
-                seen = seen & valid[:, None]
-            if sequence is not None:
-                earlier = sequence[:, :1].expand(-1, past)  # what a state holds is of the first sequence
-                of_key = torch.cat([earlier, sequence], dim=1)
-                seen = seen & (of_key[:, None] == of_key[:, at, None])
+                seen = seen & valid[:, None, first:stop]
+            if layout.sequence is not None:  # what a state holds is of the first sequence
+                earlier = layout.sequence[:, :1].expand(-1, past)
+                of_key = torch.cat([earlier, layout.sequence], dim=1)
+                seen = seen & (of_key[:, None, first:stop] == of_key[:, at, None])
             seen = seen | (keys == at[:, None])  # padding sees itself, so that no softmax is over nothing
-            part = q[:, :, start : start + QUERIES_AT_ONCE]
             outputs.append(
-                F.scaled_dot_product_attention(
-                    part, k, v, attn_mask=seen[:, None], scale=self.scale, enable_gqa=gqa
+                softmax_attention(
+                    q[:, :, own],
+                    k[:, :, first:stop],
+                    v[:, :, first:stop],
+                    seen[:, None],
+                    scale=self.scale,
+                    softcap=self.config.softcap,
                 )
             )
         return torch.cat(outputs, dim=2)

@@ -141,6 +141,12 @@ class Gated(TokenMixer):
             for key, tensor in branch.init_state(batch_size, dtype, device).items()
         }
 
+    def prepare(self, layout: TokenLayout, *, cached: bool = False) -> None:
+        """Make the tables of all active branches; see :meth:`TokenMixer.prepare`."""
+        for name, branch in self.branches.items():
+            if self.config.active is None or name in self.config.active:
+                branch.prepare(layout, cached=cached)
+
     def _branches(
         self,
         x: Tensor,

@@ -36,6 +36,8 @@ class MixerConfig:
             or over the ``"full"`` projected width.
         norm_eps: Epsilon of those norms.
         scale: Factor on query·key. Default: ``head_dim ** -0.5``.
+        softcap: Bound c of the scores of softmax attention, s → c·tanh(s / c) (Gemma 2, arXiv 2408.00118).
+            None: unbounded. Mixers without a softmax over scores do not read it.
 
     Lists become tuples, so that a config read from JSON equals the one written.
 
@@ -54,6 +56,7 @@ class MixerConfig:
     qk_norm: Literal["none", "head", "full"] = "none"
     norm_eps: float = 1e-6
     scale: float | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -82,6 +85,8 @@ class MixerConfig:
             )
         if self.scale is None:
             self.scale = self.head_dim**-0.5
+        if self.softcap is not None and self.softcap <= 0:
+            raise ConfigError(f"softcap must be positive or None, found {self.softcap}.")
 
     def _divided(self, by: int, name: str) -> int:
         if by < 1 or self.dim % by:
@@ -126,9 +131,13 @@ class TokenMixer(nn.Module):
         config: An instance of the class's ``config_class``.
         projections: Whether the mixer owns q, k, v and o projections. A branch of a gated mixer
             that shares its parent's does not.
+
+    Attributes:
+        uses_softcap: Whether the mixer bounds its scores as ``config.softcap`` says.
     """
 
     config_class: ClassVar[type[MixerConfig]] = MixerConfig
+    uses_softcap: ClassVar[bool] = False
 
     def __init__(self, config: MixerConfig, *, projections: bool = True) -> None:
         super().__init__()
@@ -224,6 +233,16 @@ class TokenMixer(nn.Module):
             device: Where to put it.
         """
         raise NotImplementedError
+
+    def prepare(self, layout: TokenLayout, *, cached: bool = False) -> None:
+        """Make the tables of a layout that mixing it asks for; the layout keeps them.
+
+        ``forward`` makes those that are missing. Made before, they are out of what ``torch.compile`` traces.
+
+        Args:
+            layout: Where the tokens stand.
+            cached: Whether ``forward`` will be given a state.
+        """
 
     def _check_call(
         self, x: Tensor, layout: TokenLayout | None, rotary: Rotary | None, state: MixerState | None

@@ -151,6 +151,10 @@ class Mamba2(TokenMixer):
             )
         return state
 
+    def prepare(self, layout: TokenLayout, *, cached: bool = False) -> None:
+        """Make the reading order; see :meth:`TokenMixer.prepare`."""
+        self._scan(layout)
+
     def _scan(self, layout: TokenLayout) -> Scan:
         return layout.scan("thw")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from mixers.blocks import Blocks
 from mixers.interface import MixerState, Rotary
 from mixers.layout import Grid, TokenLayout
 from mixers.ops import block_attention
 from mixers.rotary import apply_rotary
+from mixers.softmax import softmax_attention
 
 
 def recent_attention(
@@ -23,6 +24,7 @@ def recent_attention(
     scale: float,
     rotary: Rotary | None = None,
     grid_windows: tuple[Grid, bool] | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Let tokens attend to the last ``window`` valid tokens of their sequence, themselves included.
 
@@ -37,22 +39,42 @@ def recent_attention(
         rotary: What q and k are rotated by first; None: not at all.
         grid_windows: (size, shifted) of the 3-D windows inside which vision tokens look instead.
             None: they look back as text does.
+        softcap: Bound of the scores. None: unbounded.
 
     Returns:
         [B, N, H, P], zero at padding.
     """
     if state is None:
-        y = _attend(q, k, v, layout, 0, None, window, scale, rotary, grid_windows)
+        y = _attend(q, k, v, layout, 0, None, window, rotary, grid_windows, scale, softcap)
     else:
         if q.shape[1] == 1 and rotary is not None:
             q, k, rotary = apply_rotary(q, *rotary), apply_rotary(k, *rotary), None
         all_k, all_v, key_valid = _with_history(state, k, v, layout.valid)
         if q.shape[1] == 1 and layout.clip is None:
-            y = _attend_from_one(q, all_k, all_v, key_valid, scale)
+            y = _attend_from_one(q, all_k, all_v, key_valid, scale, softcap)
         else:
-            y = _attend(q, all_k, all_v, layout, window - 1, key_valid, window, scale, rotary, grid_windows)
+            y = _attend(
+                q, all_k, all_v, layout, window - 1, key_valid, window, rotary, grid_windows, scale, softcap
+            )
         _remember(state, k, v, layout.valid, rotary)
     return y
+
+
+def prepare_recent(
+    layout: TokenLayout, *, window: int, cached: bool, grid_windows: tuple[Grid, bool] | None = None
+) -> None:
+    """Make the tables that :func:`recent_attention` asks of a layout, with a state or without one."""
+    if cached and layout.length == 1 and layout.clip is None:
+        return
+    _tables(layout, window - 1 if cached else 0, window, grid_windows)
+
+
+def _tables(
+    layout: TokenLayout, history: int, window: int, grid_windows: tuple[Grid, bool] | None
+) -> list[Blocks]:
+    windows = None if grid_windows is None else layout.windows(*grid_windows, history=history)
+    recent = layout.recent(window, text_only=grid_windows is not None, history=history)
+    return [table for table in (windows, recent) if table is not None]
 
 
 def init_recent(
@@ -85,27 +107,22 @@ def _attend(
     history: int,
     key_valid: Tensor | None,
     window: int,
-    scale: float,
     rotary: Rotary | None,
     grid_windows: tuple[Grid, bool] | None,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
-    windows = None if grid_windows is None else layout.windows(*grid_windows, history=history)
-    recent = layout.recent(window, text_only=grid_windows is not None, history=history)
-    blocks = [table for table in (windows, recent) if table is not None]
-    return block_attention(q, k, v, blocks, scale=scale, key_valid=key_valid, rotary=rotary)
+    blocks = _tables(layout, history, window, grid_windows)
+    return block_attention(q, k, v, blocks, scale=scale, key_valid=key_valid, rotary=rotary, softcap=softcap)
 
 
-def _attend_from_one(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor, scale: float) -> Tensor:
+def _attend_from_one(
+    q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor, scale: float, softcap: float | None
+) -> Tensor:
     seen = key_valid.clone()
     seen[:, -1] = True
-    return F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=seen[:, None, None],
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    ).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return softmax_attention(q, k, v, seen[:, None, None], scale=scale, softcap=softcap).transpose(1, 2)
 
 
 def _with_history(

@@ -10,7 +10,7 @@ from torch import Tensor
 from mixers.errors import ConfigError
 from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
 from mixers.layout import TokenLayout
-from mixers.recent import init_recent, recent_attention
+from mixers.recent import init_recent, prepare_recent, recent_attention
 from mixers.registry import register
 
 
@@ -35,6 +35,7 @@ class SlidingWindow(TokenMixer):
     """Softmax attention to the last ``window`` tokens, text and vision alike; O(N) time, constant state."""
 
     config: SlidingWindowConfig
+    uses_softcap = True
 
     def mix_heads(
         self,
@@ -47,8 +48,22 @@ class SlidingWindow(TokenMixer):
         state: MixerState | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to recent tokens; see :meth:`TokenMixer.mix_heads`."""
-        window = self.config.window
-        return recent_attention(q, k, v, layout, state, window=window, scale=self.scale, rotary=rotary), None
+        y = recent_attention(
+            q,
+            k,
+            v,
+            layout,
+            state,
+            window=self.config.window,
+            scale=self.scale,
+            rotary=rotary,
+            softcap=self.config.softcap,
+        )
+        return y, None
+
+    def prepare(self, layout: TokenLayout, *, cached: bool = False) -> None:
+        """Make the window; see :meth:`TokenMixer.prepare`."""
+        prepare_recent(layout, window=self.config.window, cached=cached)
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None

@@ -11,7 +11,7 @@ from mixers.errors import ConfigError
 from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
 from mixers.layout import TokenLayout
 from mixers.ops import block_attention
-from mixers.recent import init_recent, recent_attention
+from mixers.recent import init_recent, prepare_recent, recent_attention
 from mixers.registry import register
 
 
@@ -52,6 +52,7 @@ class Swin3D(TokenMixer):
     """
 
     config: Swin3DConfig
+    uses_softcap = True
 
     def mix_heads(
         self,
@@ -64,7 +65,6 @@ class Swin3D(TokenMixer):
         state: MixerState | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend within windows; see :meth:`TokenMixer.mix_heads`."""
-        shifted = self.config.shift and self.config.layer_idx % 2 == 1
         if self.config.text_window:
             y = recent_attention(
                 q,
@@ -75,13 +75,27 @@ class Swin3D(TokenMixer):
                 window=self.config.text_window,
                 scale=self.scale,
                 rotary=rotary,
-                grid_windows=(self.config.window, shifted),
+                grid_windows=(self.config.window, self._shifted),
+                softcap=self.config.softcap,
             )
             return y, None
-        windows, covered = layout.windows(self.config.window, shifted), layout.vision
+        windows, covered = layout.windows(self.config.window, self._shifted), layout.vision
         if windows is None or covered is None:
             return torch.zeros_like(q), torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        return block_attention(q, k, v, windows, scale=self.scale, rotary=rotary), covered
+        y = block_attention(q, k, v, windows, scale=self.scale, rotary=rotary, softcap=self.config.softcap)
+        return y, covered
+
+    def prepare(self, layout: TokenLayout, *, cached: bool = False) -> None:
+        """Make the windows; see :meth:`TokenMixer.prepare`."""
+        grid_windows = (self.config.window, self._shifted)
+        if self.config.text_window:
+            prepare_recent(layout, window=self.config.text_window, cached=cached, grid_windows=grid_windows)
+        else:
+            layout.windows(*grid_windows)
+
+    @property
+    def _shifted(self) -> bool:
+        return self.config.shift and self.config.layer_idx % 2 == 1
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None

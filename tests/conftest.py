@@ -25,6 +25,10 @@ settings.register_profile(
 settings.load_profile("linmu")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--families", metavar="FILE", help="write the table of families × capabilities there")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

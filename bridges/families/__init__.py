@@ -1,6 +1,59 @@
 """One small descriptor a model family."""
 
-from bridges.families import llama, qwen2, qwen2_5_vl
+from bridges.families import (
+    gemma2,
+    gemma3,
+    gemma3_vl,
+    gpt2,
+    gpt_neox,
+    granite,
+    idefics3,
+    internvl,
+    llama,
+    llava_next_video,
+    llava_onevision,
+    mistral,
+    olmo2,
+    paligemma,
+    phi3,
+    qwen2,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3,
+    qwen3_vl,
+    smolvlm,
+    vila,
+)
 from bridges.families.family import Clips, Family, families, family_of, register_family
+from bridges.families.generic import family_for
 
-__all__ = ["Clips", "Family", "families", "family_of", "llama", "qwen2", "qwen2_5_vl", "register_family"]
+__all__ = [
+    "Clips",
+    "Family",
+    "families",
+    "family_for",
+    "family_of",
+    "gemma2",
+    "gemma3",
+    "gemma3_vl",
+    "gpt2",
+    "gpt_neox",
+    "granite",
+    "idefics3",
+    "internvl",
+    "llama",
+    "llava_next_video",
+    "llava_onevision",
+    "mistral",
+    "olmo2",
+    "paligemma",
+    "phi3",
+    "qwen2",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3",
+    "qwen3_vl",
+    "register_family",
+    "smolvlm",
+    "vila",
+]

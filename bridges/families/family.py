@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bridges.errors import UnknownFamilyError, UnsupportedAttentionError
-from mixers import MixerConfig
+from mixers import TokenMixer
 from mixers.errors import near
 
 F = TypeVar("F", bound=type["Family"])
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = ("q_norm", "k_norm")
 _FAMILIES: dict[str, Family] = {}
 
 
@@ -33,12 +35,19 @@ class Clips:
 class Family:
     """The common pattern of a Hugging Face decoder; a family overrides what differs.
 
-    The pattern: ``model.get_decoder().layers[i].self_attn`` with ``q_proj``, ``k_proj``, ``v_proj``
-    and ``o_proj``, rotary embedding given as ``position_embeddings`` in the rotate-half convention.
+    The pattern: ``model.get_decoder().layers[i].self_attn`` with ``q_proj``, ``k_proj``, ``v_proj``,
+    ``o_proj`` and perhaps ``q_norm`` and ``k_norm``, rotary embedding given as ``position_embeddings``
+    in the rotate-half convention.
+
+    Attributes:
+        attention_name: Name of the attention module in its layer.
+        weights: Names of the attention's submodules whose weights go over into the projections.
+        assumed: What was taken for granted, for a model that no family lists.
     """
 
     attention_name = "self_attn"
-    adopted = ("q_proj", "k_proj", "v_proj", "o_proj")
+    weights: tuple[str, ...] = (*PROJECTIONS, *NORMS)
+    assumed: tuple[str, ...] = ()
 
     def layers(self, model: PreTrainedModel) -> list[nn.Module]:
         """Return the decoder layers, in order."""
@@ -54,52 +63,83 @@ class Family:
         """Return the self-attention module of a layer."""
         return getattr(layer, self.attention_name)
 
-    def mixer_fields(self, attention: Any, text_config: Any) -> dict[str, Any]:
-        """Return the fields of :class:`mixers.MixerConfig` that reproduce this attention.
+    def projections(self, attention: Any) -> dict[str, nn.Module]:
+        """Return ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``, and ``q_norm`` and ``k_norm`` where there are such.
+
+        They are the attention's own modules where it has them. Where it holds them fused or transposed they
+        are views of its weights, see :func:`~bridges.families.fused.linear`, copied when a mixer adopts them.
 
         Raises:
             UnknownFamilyError: A projection is not where the pattern expects it.
         """
-        missing = [name for name in self.adopted if not hasattr(attention, name)]
+        missing = [name for name in PROJECTIONS if not isinstance(getattr(attention, name, None), nn.Module)]
         if missing:
             raise UnknownFamilyError(
                 f"{type(attention).__name__} has no {', '.join(missing)}; its submodules are "
                 f"{', '.join(name for name, _ in attention.named_children()) or 'none'}. A family "
                 "must say how its projections are laid out (docs: add a model family)."
             )
-        head_dim = attention.head_dim
-        return {
-            "dim": text_config.hidden_size,
-            "num_heads": attention.q_proj.out_features // head_dim,
-            "num_kv_heads": attention.k_proj.out_features // head_dim,
-            "head_dim": head_dim,
-            "layer_idx": attention.layer_idx,
-            "qkv_bias": attention.q_proj.bias is not None,
-            "out_bias": attention.o_proj.bias is not None,
-            "scale": float(attention.scaling),
-        }
+        norms = [name for name in NORMS if isinstance(getattr(attention, name, None), nn.Module)]
+        return {name: getattr(attention, name) for name in (*PROJECTIONS, *norms)}
 
-    def dropped(self, attention: Any, config: MixerConfig, mixer: str) -> list[str]:
-        """Name what this attention does or holds that a mixer of that name and config will not.
+    def mixer_fields(self, attention: Any, text_config: Any) -> dict[str, Any]:
+        """Return the fields of :class:`mixers.MixerConfig` that reproduce this attention.
 
         Raises:
-            UnsupportedAttentionError: The mixer would silently be another function than it claims.
+            UnknownFamilyError: A projection is not where the pattern expects it, or of another width.
+            UnsupportedAttentionError: Queries and keys are normed as no mixer does.
         """
-        dropped = [name for name, _ in attention.named_parameters() if name.split(".")[0] not in self.adopted]
-        window = getattr(attention, "sliding_window", None)
-        if window is not None and not (
-            mixer == "sliding_window" and getattr(config, "window", None) == window
-        ):
-            if mixer == "attention":
-                raise UnsupportedAttentionError(
-                    f"layer {attention.layer_idx} attends within a sliding window of {window} tokens, which "
-                    "the mixer 'attention' does not; use 'sliding_window' with window="
-                    f"{window} for this layer, or leave it out by layers=."
-                )
-            dropped.append(f"sliding window of {window}")
-        if getattr(attention, "attention_dropout", 0.0):
-            dropped.append(f"attention dropout of {attention.attention_dropout}")
-        return dropped
+        parts: dict[str, Any] = self.projections(attention)
+        head_dim = self.head_dim(attention)
+        _check_widths(attention, parts, head_dim)
+        return {
+            "dim": text_config.hidden_size,
+            "num_heads": parts["q_proj"].out_features // head_dim,
+            "num_kv_heads": parts["k_proj"].out_features // head_dim,
+            "head_dim": head_dim,
+            "layer_idx": attention.layer_idx,
+            "qkv_bias": parts["q_proj"].bias is not None,
+            "out_bias": parts["o_proj"].bias is not None,
+            "scale": self.scale(attention),
+            "softcap": self.softcap(attention),
+            **_norm_fields(parts, head_dim),
+        }
+
+    def head_dim(self, attention: Any) -> int:
+        """Return the width of a head."""
+        return attention.head_dim
+
+    def scale(self, attention: Any) -> float:
+        """Return the factor on query·key."""
+        return float(attention.scaling)
+
+    def window(self, attention: Any) -> int | None:
+        """Return how many tokens a query looks back at, itself included; None: at all.
+
+        Where layers differ they hold it themselves, else their config does.
+        """
+        config = getattr(attention, "config", None)
+        return getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or None
+
+    def softcap(self, attention: Any) -> float | None:
+        """Return the bound that this attention bends its scores to; None: there is none."""
+        return getattr(attention, "attn_logit_softcapping", None)
+
+    def twin_fields(self, attention: Any) -> dict[str, Any]:
+        """Return the fields that :class:`mixers.attention.AttentionConfig` adds, for the teacher's exact twin."""
+        return {"window": self.window(attention)}
+
+    def dropped(self, attention: Any, mixer: TokenMixer) -> list[str]:
+        """Name what else this attention does that a mixer will not; the twin ``attention`` is then refused."""
+        return []
+
+    def check(self, model: PreTrainedModel, attentions: Sequence[Any]) -> None:
+        """Raise UnknownFamilyError where what is assumed of these attention modules is found wrong."""
+
+    def dropouts(self, attention: Any) -> list[str]:
+        """Name the dropout inside of this attention, which no mixer has."""
+        rate = getattr(attention, "attention_dropout", 0.0)
+        return [f"attention dropout of {rate}"] if rate else []
 
     def clips(self, config: Any, input_ids: Tensor | None, inputs: Mapping[str, Any]) -> Clips | None:
         """Find the vision tokens of a batch.
@@ -116,6 +156,38 @@ class Family:
             LayoutCaptureError: Tokens and grids do not match, or there are grids but no tokens.
         """
         return None
+
+
+def _check_widths(attention: Any, parts: Mapping[str, Any], head_dim: int) -> None:
+    """Refuse projections whose widths are not those of heads of one width each."""
+    q, k, v = (parts[name].out_features for name in ("q_proj", "k_proj", "v_proj"))
+    out = parts["o_proj"].in_features
+    if k != v or q != out or q % head_dim or k % head_dim or q % k:
+        raise UnknownFamilyError(
+            f"{type(attention).__name__} projects to {q}, {k} and {v} and back from {out}, which are not H, G and G "
+            f"heads of {head_dim} and back from H; a family must say what they hold (docs: add a model family)."
+        )
+
+
+def _norm_fields(parts: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    """Say whether each head or the full width is normed, from the widths of the norms."""
+    if "q_norm" not in parts:
+        return {"qk_norm": "none"}
+    widths = {
+        "head": (head_dim, head_dim),
+        "full": (parts["q_proj"].out_features, parts["k_proj"].out_features),
+    }
+    weights = [getattr(parts[name], "weight", None) for name in NORMS if name in parts]
+    shapes = [None if weight is None else tuple(weight.shape) for weight in weights]
+    for kind, (query, key) in widths.items():
+        if shapes == [(query,), (key,)]:
+            norm = parts["q_norm"]
+            eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+            return {"qk_norm": kind} | ({} if eps is None else {"norm_eps": float(eps)})
+    raise UnsupportedAttentionError(
+        f"the norms of queries and keys have weights of {' and '.join(map(str, shapes))}; mixers norm "
+        f"each head ({head_dim}) or the full width ({', '.join(map(str, widths['full']))})."
+    )
 
 
 def register_family(*model_types: str) -> Any:

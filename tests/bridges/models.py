@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -11,13 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 import bridges
@@ -26,6 +45,9 @@ from mixers import TokenLayout
 PAD, IMAGE, VIDEO, START, END = 0, 120, 121, 122, 123
 VOCABULARY = 128
 MERGE, PATCH_WIDTH = 2, 3 * 2 * 4 * 4
+
+TEACHERS = re.compile(r"[qkvo]_(proj|norm)\.")
+"""Weights of a mixer that are the teacher's."""
 
 Inputs = dict[str, Tensor]
 Segment = int | tuple[str, tuple[int, int, int]]
@@ -80,9 +102,82 @@ def qwen2_5_vl(**changes: Any) -> Qwen2_5_VLForConditionalGeneration:
     return ready(Qwen2_5_VLForConditionalGeneration(config))
 
 
+SLIDING = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+"""A window shorter than the rows that tests read, on the first layer."""
+
+
+def mistral(**changes: Any) -> MistralForCausalLM:
+    return ready(MistralForCausalLM(MistralConfig(**text_fields(**{"sliding_window": 7, **changes}))))
+
+
+def qwen3(**changes: Any) -> Qwen3ForCausalLM:
+    return ready(Qwen3ForCausalLM(Qwen3Config(**text_fields(**{"head_dim": 12, **changes}))))
+
+
+def gemma2(**changes: Any) -> Gemma2ForCausalLM:
+    bounded = {"head_dim": 12, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0, **SLIDING}
+    config = Gemma2Config(**text_fields(**{**bounded, **changes}))
+    config._attn_implementation = "eager"  # others knew no soft-cap in older versions of transformers
+    return ready(Gemma2ForCausalLM(config))
+
+
+def gemma3(**changes: Any) -> Gemma3ForCausalLM:
+    normed = {"head_dim": 12, "query_pre_attn_scalar": 20, **SLIDING}
+    return ready(Gemma3ForCausalLM(Gemma3TextConfig(**text_fields(**{**normed, **changes}))))
+
+
+def phi3(**changes: Any) -> Phi3ForCausalLM:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    return ready(
+        Phi3ForCausalLM(Phi3Config(**text_fields(rope_parameters=rope, sliding_window=9, **changes)))
+    )
+
+
+def granite(**changes: Any) -> GraniteForCausalLM:
+    factors = {"attention_multiplier": 0.4, "residual_multiplier": 0.5}
+    return ready(GraniteForCausalLM(GraniteConfig(**text_fields(**factors, **changes))))
+
+
+def olmo2(**changes: Any) -> Olmo2ForCausalLM:
+    return ready(Olmo2ForCausalLM(Olmo2Config(**text_fields(**changes))))
+
+
+def gpt2(**changes: Any) -> GPT2LMHeadModel:
+    fields = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "scale_attn_by_inverse_layer_idx": True,
+        **dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0),
+        "pad_token_id": PAD,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    return ready(GPT2LMHeadModel(GPT2Config(**{**fields, **changes})))
+
+
+def gpt_neox(**changes: Any) -> GPTNeoXForCausalLM:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    fields = text_fields(rope_parameters=rope, **changes)
+    return ready(
+        GPTNeoXForCausalLM(GPTNeoXConfig(**{k: v for k, v in fields.items() if "key_value" not in k}))
+    )
+
+
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "llama": llama,
+    "mistral": mistral,
     "qwen2": qwen2,
+    "qwen3": qwen3,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3,
+    "phi3": phi3,
+    "granite": granite,
+    "olmo2": olmo2,
+    "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
     "qwen2_5_vl": qwen2_5_vl,
 }
 
@@ -97,7 +192,7 @@ def ready(model: Any) -> Any:
 
 @torch.no_grad()
 def shake(module: nn.Module, seed: int = 0) -> Any:
-    """Draw every parameter anew: matrices of unit gain, norms about 1, biases about 0."""
+    """Draw every parameter anew: matrices of unit gain, vectors about 1 or 0, whichever they were."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -105,16 +200,16 @@ def shake(module: nn.Module, seed: int = 0) -> Any:
             embedding = "embed" in name and "patch" not in name
             parameter.copy_(noise if embedding else noise * parameter[0].numel() ** -0.5)
         else:
-            parameter.copy_(0.3 * noise + ("norm" in name and not name.endswith("bias")))
+            parameter.copy_(0.3 * noise + parameter.mean().round())
     return module
 
 
 @torch.no_grad()
 def stir(module: nn.Module, seed: int = 1, size: float = 0.3) -> Any:
-    """Move every mixer parameter off its initial value, so that gates, taps and decays all take part."""
+    """Move every new mixer parameter off its initial value, so that gates, taps and decays all take part."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
-        if ".mixer." in name and "_proj." not in name:
+        if ".mixer." in name and not TEACHERS.search(name):
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
     return module
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessor, StaticCache
+from transformers.generation.streamers import BaseStreamer
 
 import bridges
 import mixers
@@ -239,3 +240,32 @@ def test_chunks_that_end_between_images() -> None:
     wanted, found = generated(model, inputs), generated(model, inputs, prefill_chunk_size=9)
     assert torch.equal(wanted[0], found[0])
     assert_close("logits", wanted[1], found[1], 1e-5)
+
+
+def test_compiled_as_eager() -> None:
+    """Layouts are worked out outside of what is traced: two batches padded otherwise share it."""
+    model = models.converted("llama", SPECS["all"])
+    compiled = torch.compile(model, backend="eager")
+    for pads in ((0, 5), (3, 0)):
+        inputs = models.text_batch(pads=pads)
+        with torch.no_grad():
+            found = compiled(**inputs).logits
+        assert torch.equal(
+            models.at_tokens(found, inputs), models.at_tokens(models.logits(model, inputs), inputs)
+        )
+
+
+def test_tokens_may_be_streamed() -> None:
+    class Streamer(BaseStreamer):
+        def __init__(self) -> None:
+            self.parts: list[Tensor] = []
+
+        def put(self, value: Tensor) -> None:
+            self.parts.append(value.reshape(-1))
+
+        def end(self) -> None:
+            self.parts.append(torch.tensor([], dtype=torch.long))
+
+    model, inputs, streamer = models.converted("llama"), models.row_of("llama", 0), Streamer()
+    whole = models.generate(model, inputs, streamer=streamer)
+    assert torch.equal(torch.cat(streamer.parts), whole[0])

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import bridges
 import mixers
@@ -103,16 +103,6 @@ def test_a_refused_call_leaves_the_model_as_it_was(
     before.assert_same(teacher)
 
 
-def test_a_model_of_no_known_family_is_refused() -> None:
-    config = MistralConfig(**models.text_fields(num_hidden_layers=1))
-    model = MistralForCausalLM(config)
-    model.config.model_type = "lama"
-    before = Snapshot(model)
-    with pytest.raises(bridges.UnknownFamilyError, match="'llama'"):
-        bridges.replace_attention(model)
-    before.assert_same(model)
-
-
 def test_attention_not_of_the_familys_pattern_is_refused() -> None:
     model = models.teacher("llama")
     attention = model.model.layers[1].self_attn
@@ -177,12 +167,32 @@ def sliding_teacher(**changes: Any) -> Any:
     return models.qwen2(**kinds, sliding_window=6, **changes)
 
 
-def test_a_sliding_window_layer_is_no_plain_attention() -> None:
+@pytest.mark.parametrize("spec", ["attention", {"0": {"mixer": "attention", "window": 5}}], ids=str)
+def test_the_twin_of_a_sliding_window_layer_has_its_window(spec: Any) -> None:
     teacher = sliding_teacher()
+    if spec == "attention":
+        configs = [row.config.to_dict() for row in bridges.plan(teacher, spec).layers]
+        assert [config["window"] for config in configs] == [6, None]
+        return
     before = Snapshot(teacher)
-    with pytest.raises(bridges.UnsupportedAttentionError, match="window=6"):
-        bridges.replace_attention(teacher, "attention")
+    with pytest.raises(bridges.UnsupportedAttentionError, match="sliding window of 6"):
+        bridges.replace_attention(teacher, spec)
     before.assert_same(teacher)
+
+
+def test_a_soft_cap_is_dropped_where_there_is_no_softmax() -> None:
+    def dropped(spec: Any, **settings: Any) -> set[str]:
+        rows = bridges.plan(models.teacher("gemma2"), spec, layers="1", **settings).layers
+        return {t.name for row in rows for t in row.transfers if t.action == "dropped"}
+
+    assert dropped("attention") == dropped("sliding_window") == dropped("swin3d") == set()
+    assert dropped("mamba2") == {"soft-cap of 2"}
+    assert dropped("mmate") == {"soft-cap of 2 in flex_ma"}
+    branches = {"near": {"mixer": "sliding_window"}, "both": {"mixer": "mmate"}, "far": {"mixer": "mamba2"}}
+    assert dropped("gated", branches=branches) == {"soft-cap of 2 in both.flex_ma, far"}
+    assert dropped("swin3d", softcap=None) == {"soft-cap of 2"}
+    with pytest.raises(bridges.UnsupportedAttentionError, match="soft-cap of 2"):
+        dropped("attention", softcap=3.0)
 
 
 def test_what_is_dropped_is_said() -> None:
@@ -204,6 +214,8 @@ def test_a_weight_that_no_mixer_takes_is_said_to_be_dropped() -> None:
         [t.name for t in row.transfers if t.action == "dropped"] for row in bridges.plan(teacher).layers
     ]
     assert dropped == [["sinks"], []]
+    with pytest.raises(bridges.UnsupportedAttentionError, match=r"layer 0 .* no sinks"):
+        bridges.replace_attention(teacher, "attention")
 
 
 @pytest.mark.parametrize(

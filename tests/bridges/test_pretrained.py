@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import io
 import json
 import pickle
 from collections.abc import Callable
@@ -189,6 +190,51 @@ def as_json(config: Any) -> dict[str, Any]:
     return {**json.loads(json.dumps(config.to_dict())), "_name_or_path": ""}
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
+def test_an_older_format_is_read(family: str, tmp_path: Path) -> None:
+    """Version 1 said nothing of the teacher."""
+    model = models.converted(family)
+    model.save_pretrained(tmp_path)
+
+    def as_in_version_1(fields: dict[str, Any]) -> None:
+        record = fields.get("linmu") or fields["text_config"]["linmu"]
+        record["version"] = 1
+        del record["teacher"]
+
+    edit(tmp_path / "config.json", as_in_version_1)
+    for load in (bridges.load_pretrained, type(model).from_pretrained):
+        loaded = load(tmp_path)
+        assert_same_model(loaded, model, models.batch(family))
+        assert loaded.config.get_text_config().linmu["version"] == 2
+
+
+class TestCard:
+    def test_it_says_what_was_replaced_and_whence(self, tmp_path: Path) -> None:
+        teacher = models.teacher("llama")
+        teacher.config._name_or_path = "someone/a-llama"
+        model = models.converted(teacher, {"1": "mmate"})
+        model.save_pretrained(tmp_path / "student")
+        card = (tmp_path / "student" / "README.md").read_text()
+        assert "base_model: someone/a-llama" in card
+        assert "| 1 | `mmate` |" in card
+        assert "| 0 | nothing" in card
+        assert 'bridges.load_pretrained("student")' in card
+
+    def test_a_local_path_is_not_told(self, tmp_path: Path) -> None:
+        models.teacher("llama").save_pretrained(tmp_path / "secret" / "tiny")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "secret" / "tiny")
+        models.converted(model).save_pretrained(tmp_path / "student")
+        card = (tmp_path / "student" / "README.md").read_text()
+        assert "`tiny`" in card
+        assert "secret" not in card
+        assert "base_model" not in card
+
+    def test_one_that_is_there_stays(self, llama: Any, tmp_path: Path) -> None:
+        (tmp_path / "README.md").write_text("mine")
+        llama.save_pretrained(tmp_path)
+        assert (tmp_path / "README.md").read_text() == "mine"
+
+
 class TestConfig:
     @pytest.mark.parametrize("family", models.FAMILIES)
     def test_its_json(self, family: str, tmp_path: Path) -> None:
@@ -198,7 +244,8 @@ class TestConfig:
         assert fields["model_type"] == "linmu"
         assert fields["base_model_type"] == family
         record = fields.get("linmu") or fields["text_config"]["linmu"]
-        assert record["version"] == 1
+        assert record["version"] == 2
+        assert record["teacher"] is None
         assert {i: layer["mixer"] for i, layer in record["layers"].items()} == {
             "0": "attention",
             "1": "mmate",
@@ -231,6 +278,7 @@ class TestSavingOver:
         other = models.converted("llama", seed=9)
         other.save_pretrained(tmp_path / "m")
         assert names(tmp_path / "m") == {
+            "README.md",
             "config.json",
             "generation_config.json",
             "model.safetensors",
@@ -339,7 +387,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "not a converted one",
     ),
     "a newer format": (
-        lambda d: edit(d / "config.json", lambda f: f["linmu"].update(version=2)),
+        lambda d: edit(d / "config.json", lambda f: f["linmu"].update(version=3)),
         "update linmu",
     ),
     "no record": (lambda d: edit(d / "config.json", lambda f: f.pop("linmu")), "format version None"),
@@ -394,3 +442,21 @@ def test_a_save_that_was_killed_is_pointed_to(llama: Any, tmp_path: Path) -> Non
     (tmp_path / "m").rename(tmp_path / ".m.old")
     with pytest.raises(bridges.CheckpointError, match=r"whole at .*\.m\.old"):
         bridges.load_pretrained(tmp_path / "m")
+
+
+def through_torch(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch])
+def test_a_whole_model_may_be_copied_and_pickled(family: str, twin: Callable[[Any], Any]) -> None:
+    model, inputs = models.converted(family), models.batch(family)
+    again = twin(model)
+    assert type(again) is type(model)
+    assert again.layout_capture is not model.layout_capture
+    assert_same_model(again, model, inputs)
+    assert torch.equal(models.generate(again, inputs), models.generate(model, inputs))

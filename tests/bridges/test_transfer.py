@@ -168,17 +168,46 @@ def test_the_report_accounts_for_every_weight(family: str, init: str, spec: Any)
         named = [t for t in row.transfers if t.action != "dropped"]
         assert sorted(t.name for t in named) == sorted(ours)
         assert {t.name: t.shape for t in named} == {name: tuple(p.shape) for name, p in ours.items()}
-        kept = {t.name for t in named if t.action == "kept"}
+        taken = {t.action: {u.name for u in named if u.action == t.action} for t in named}
+        kept, split = taken.get("kept", set()), taken.get("split", set())
         dropped = {t.name for t in row.transfers if t.action == "dropped"}
-        ends = {name.removeprefix("branches.flex_ma.") for name in kept}
-        assert ends | dropped == set(theirs[row.index])
-        assert not ends & dropped
+        if init == "random":
+            assert not kept | split
+            assert set(theirs[row.index]) <= dropped
+        else:
+            assert not set(theirs[row.index]) & dropped
+            whole = sum(p.numel() for p in theirs[row.index].values())
+            assert sum(ours[name].numel() for name in kept | split) == whole
         same = {id(p) for p in theirs[row.index].values()}
         assert {name for name, p in ours.items() if id(p) in same} == kept
 
 
 def self_attention_at(model: Any, index: int) -> Any:
     return bridges.attention_layers(model)[index].mixer
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_parts_of_a_fused_weight_get_memory_of_their_own(family: str, shared: bool) -> None:
+    """Files hold no weights that share memory; their flag is that of the whole, even without gradients."""
+    teacher = models.teacher(family)
+    teacher.requires_grad_(False)
+    with torch.no_grad():
+        bridges.replace_attention(teacher, "mmate", share_projections=shared)
+    weights = {n: p for n, p in self_attention(teacher).mixer.named_parameters() if "_proj." in n}
+    assert len(weights) >= 4
+    assert len({p.untyped_storage().data_ptr() for p in weights.values()}) == len(weights)
+    for parameter in weights.values():
+        assert parameter.is_contiguous()
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+        assert not parameter.requires_grad
+
+
+def test_planning_copies_no_fused_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = models.teacher("gpt2")
+    monkeypatch.setattr(Tensor, "clone", None)
+    monkeypatch.setattr(Tensor, "contiguous", None)
+    bridges.plan(teacher)
 
 
 def test_trained_weights_keep_their_flag_and_new_ones_train() -> None:

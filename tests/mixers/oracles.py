@@ -129,11 +129,15 @@ def last_tokens(rows: Rows, window: int) -> Tensor:
     return seen
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None = None
+) -> Tensor:
     """Masked softmax over an [N, M] matrix; zero where a token sees nothing."""
     group = q.shape[2] // k.shape[2]
     k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
     scores = torch.einsum("bihp,bjhp->bhij", q, k) * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     weight = scores.softmax(-1).masked_fill(~seen[:, None], 0)
     return torch.einsum("bhij,bjhp->bihp", weight, v)

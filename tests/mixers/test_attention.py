@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,21 +28,33 @@ def test_is_torch_attention_to_the_bit(heads: tuple[int, int]) -> None:
     assert torch.equal(mixer(x), mixer.o_proj(y.transpose(1, 2).flatten(2)))
 
 
-@given(rows=rows(holes=True))
-def test_is_dense_attention_over_the_sequence_so_far(rows: Rows) -> None:
-    """Causal for vision too; padded and packed rows as if alone."""
-    mixer = tiny("attention", dtype=torch.float64, scale=0.7)
+@given(
+    rows=rows(holes=True),
+    window=st.sampled_from([None, 1, 4, 30]),
+    softcap=st.sampled_from([None, 0.5]),
+    bidirectional=st.booleans(),
+)
+def test_is_dense_attention_over_the_sequence_so_far(
+    rows: Rows, window: int | None, softcap: float | None, bidirectional: bool
+) -> None:
+    """Causal for vision too, unless asked otherwise; padded and packed rows as if alone."""
+    fields = {"window": window, "softcap": softcap, "bidirectional": bidirectional}
+    mixer = tiny("attention", dtype=torch.float64, scale=0.7, **fields)
     x = torch.randn(*rows.shape, 24, dtype=torch.float64)
     cos, sin = random_rotary(*rows.shape, torch.float64)
     steps = torch.arange(rows.shape[1])
-    seen = rows.dependencies() & (steps <= steps[:, None])
+    seen = rows.dependencies()
+    if not bidirectional:
+        seen &= steps <= steps[:, None]
+    if window is not None:
+        seen &= steps > steps[:, None] - window
     q, k, v = mixer.project(x)
 
     def rotated(t: torch.Tensor) -> torch.Tensor:
         low, high = t.chunk(2, dim=-1)
         return t * cos[:, :, None] + torch.cat([-high, low], dim=-1) * sin[:, :, None]
 
-    want = mixer.o_proj(dense_attention(rotated(q), rotated(k), v, seen, 0.7).flatten(2))
+    want = mixer.o_proj(dense_attention(rotated(q), rotated(k), v, seen, 0.7, softcap).flatten(2))
     with blocks_of(chunks=2, block_tokens=16, queries=5):
         found = mixer(x, rows.layout, (cos, sin))
     assert_close("y", want[rows.valid], found[rows.valid], 1e-12)
@@ -66,6 +79,21 @@ def test_state_grows_by_what_is_read() -> None:
         assert state["valid"].shape == (2, total)
 
 
+def test_with_a_window_the_state_grows_to_it() -> None:
+    mixer, x = tiny("attention", window=5, softcap=1.5), torch.randn(2, 12, 24)
+    state, parts = mixer.init_state(2), []
+    for start, stop in ((0, 3), (3, 4), (4, 10), (10, 11), (11, 12)):
+        parts.append(mixer(x[:, start:stop], state=state))
+        assert state["k"].shape[1] == state["valid"].shape[1] == min(stop, 4)
+    assert_close("y", mixer(x), torch.cat(parts, dim=1), 1e-5)
+
+
+@pytest.mark.parametrize("field", ["window", "softcap"])
+def test_bounds_must_be_positive(field: str) -> None:
+    with pytest.raises(mixers.ConfigError, match=f"{field} must be"):
+        tiny("attention", **{field: 0})
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the bytes of the largest tensor that any operation returns."""
 
@@ -79,10 +107,11 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("past", [0, 100])
-def test_no_square_mask_is_built(past: int) -> None:
+def test_no_square_mask_is_built(past: int, softcap: float | None) -> None:
     """Padded, packed and cached rows alike."""
-    mixer, length = mixers.build("attention", dim=4, num_heads=1, head_dim=4), 4096
+    mixer, length = mixers.build("attention", dim=4, num_heads=1, head_dim=4, softcap=softcap), 4096
     valid = torch.ones(1, length, dtype=torch.bool)
     valid[:, :7] = False
     layout = TokenLayout(1, length, valid=valid, sequence=(torch.arange(length) // 3000)[None])

@@ -253,3 +253,20 @@ def test_a_mean_of_constant_values_is_the_constant(name: str, heads: tuple[int, 
     y, _ = mixer.mix_heads(x, q, k, v, layout, None, None)
     want = torch.arange(1.0, g + 1).repeat_interleave(h // g)[:, None].expand(1, 9, h, 4)
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_after_prepare_no_table_is_left_to_make(
+    variant: str, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixer = tiny(variant)
+    layout = TokenLayout.from_grids(20, [[(3, (2, 2, 3))], [(5, (1, 3, 4))]])
+    mixer.prepare(layout, cached=cached)
+
+    def made(*_: object, **__: object) -> None:
+        raise AssertionError("a table was made in forward")
+
+    for name in ("recent_blocks", "window_blocks", "composite"):
+        monkeypatch.setattr(f"mixers.layout.{name}", made)
+    mixer(torch.randn(2, 20, 24), layout, state=mixer.init_state(2) if cached else None)

@@ -9,7 +9,7 @@ import torch
 
 import mixers
 from mixers import ConfigError, DuplicateMixerError, MixerConfig, TokenMixer, UnknownMixerError, registry
-from mixers.attention import Attention
+from mixers.attention import Attention, AttentionConfig
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_duplicate_name_is_refused_and_changes_nothing() -> None:
 
 
 def test_the_same_class_may_be_registered_again() -> None:
-    mixers.register("attention", config=MixerConfig)(Attention)
+    mixers.register("attention", config=AttentionConfig)(Attention)
     assert mixers.get("attention") is Attention
 
 

@@ -14,14 +14,15 @@ from tests.mixers.strategies import Rows, rows
 from tests.mixers.zoo import random_rotary, tiny
 
 
-@given(rows=rows(holes=True), window=st.integers(1, 12))
-def test_is_dense_attention_to_the_last_tokens(rows: Rows, window: int) -> None:
-    mixer = tiny("sliding_window", dtype=torch.float64, window=window)
+@given(rows=rows(holes=True), window=st.integers(1, 12), softcap=st.sampled_from([None, 0.5]))
+def test_is_dense_attention_to_the_last_tokens(rows: Rows, window: int, softcap: float | None) -> None:
+    mixer = tiny("sliding_window", dtype=torch.float64, window=window, softcap=softcap)
     x = torch.randn(*rows.shape, 24, dtype=torch.float64)
     rotary = random_rotary(*rows.shape, torch.float64)
     q, k, v = mixer.project(x)
     q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-    want = mixer.o_proj(dense_attention(q, k, v, last_tokens(rows, window), mixer.scale).flatten(2))
+    seen = last_tokens(rows, window)
+    want = mixer.o_proj(dense_attention(q, k, v, seen, mixer.scale, softcap).flatten(2))
     found = mixer(x, rows.layout, rotary)
     assert_close("y", want[rows.valid], found[rows.valid], 1e-12)
 

@@ -65,7 +65,9 @@ def test_is_dense_attention_over_windows(rows: Rows, layer: int, text_window: in
     seen = same_window(rows, (2, 2, 3), shifted=layer == 1)
     if text_window:
         seen |= last_tokens(rows, text_window) & (rows.clip < 0)[..., None]
-    y = dense_attention(q, k, v, seen, mixer.scale).masked_fill(~seen.any(-1)[..., None, None], 0)
+    y = dense_attention(q, k, v, seen, mixer.scale, mixer.config.softcap).masked_fill(
+        ~seen.any(-1)[..., None, None], 0
+    )
     found = mixer(x, rows.layout, rotary)
     assert_close("y", mixer.o_proj(y.flatten(2))[rows.valid], found[rows.valid], 1e-12)
 

@@ -38,7 +38,10 @@ def align(kind, form, checkpointing=False, teacher_and_student=None):
     labels = inputs.pop("labels")
     assert labels is not None
     if checkpointing:
-        student.activation_checkpointing_enable({"use_reentrant": False})
+        enable = (
+            getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
     recorder, alignment = TeacherTrace(teacher, student, settings), Alignment(student, settings, own_stream)
     trace = recorder(inputs)
     logits = student(**inputs, use_cache=False, **{TRACE: trace}).logits

@@ -72,6 +72,7 @@ def _xformers_unsupported(
     blocks: Blocks | Sequence[Blocks],
     *,
     key_valid: Tensor | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> str | None:
     if q.device.type != "cuda":
@@ -80,6 +81,8 @@ def _xformers_unsupported(
         return "it is used for whole windows only; in a text window each query sees its own span of keys"
     if key_valid is not None:
         return "it takes no mask of valid keys"
+    if softcap is not None:
+        return "it has no soft-cap of the scores"
     return (
         None
         if q.dtype in (torch.bfloat16, torch.float16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixers.ops.window_attention.forward import load_queries, scores
+from mixers.ops.window_attention.forward import bent, load_queries, scores
 from mixers.ops.window_attention.tiles import (
     load_angles,
     load_bounds,
@@ -21,11 +21,11 @@ from mixers.ops.window_attention.tiles import (
 @triton.jit
 def window_backward_kernel(
     dy, q, k, v, dq, dk, dv, queries, keys, key_valid, cos, sin,
-    length, rows, query_slots, key_slots, scale, log_scale,
+    length, rows, query_slots, key_slots, scale, log_scale, cap,
     dy_b, dy_n, dy_h, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, rot_b, rot_n,
     G: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, TURNED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
-    ROTARY: tl.constexpr, MASKED: tl.constexpr, ADD: tl.constexpr,
+    ROTARY: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, ADD: tl.constexpr,
     STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one window whose keys no other window has; the softmax is computed anew.
@@ -54,7 +54,9 @@ def window_backward_kernel(
                 q + h * q_h, q_rows, asked, cosine, sine, P, TURNED, BLOCK_H, ROTARY, DOT
             )
             do = load_whole(dy + h * dy_h, dy_rows, asked, P, BLOCK_P).to(DOT)
-            _, ds = window_gradient(q_lo, q_hi, do, k_lo, k_hi, value, seen, scale, log_scale, DOT, PRECISION)
+            _, ds = window_gradient(
+                q_lo, q_hi, do, k_lo, k_hi, value, seen, scale, log_scale, cap, CAPPED, DOT, PRECISION
+            )  # fmt: skip
             lo = tl.dot(ds, k_lo, input_precision=PRECISION)
             hi = tl.dot(ds, k_hi, input_precision=PRECISION)
             if ROTARY:
@@ -70,7 +72,9 @@ def window_backward_kernel(
                 q + h * q_h, q_rows, asked, cosine, sine, P, TURNED, BLOCK_H, ROTARY, DOT
             )
             do = load_whole(dy + h * dy_h, dy_rows, asked, P, BLOCK_P).to(DOT)
-            p, ds = window_gradient(q_lo, q_hi, do, k_lo, k_hi, value, seen, scale, log_scale, DOT, PRECISION)
+            p, ds = window_gradient(
+                q_lo, q_hi, do, k_lo, k_hi, value, seen, scale, log_scale, cap, CAPPED, DOT, PRECISION
+            )  # fmt: skip
             dvalue = tl.dot(tl.trans(p), do, dvalue, input_precision=PRECISION)
             dk_lo = tl.dot(tl.trans(ds), q_lo, dk_lo, input_precision=PRECISION)
             dk_hi = tl.dot(tl.trans(ds), q_hi, dk_hi, input_precision=PRECISION)
@@ -82,27 +86,28 @@ def window_backward_kernel(
 
 @triton.jit
 def window_gradient(
-    q_lo, q_hi, do, k_lo, k_hi, value, seen, scale, log_scale, DOT: tl.constexpr, PRECISION: tl.constexpr
+    q_lo, q_hi, do, k_lo, k_hi, value, seen, scale, log_scale, cap,
+    CAPPED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return the weights of a head's softmax and the gradient of its scores."""
-    s = scores(q_lo, q_hi, k_lo, k_hi, seen[None, :], log_scale, PRECISION)
+    s = scores(q_lo, q_hi, k_lo, k_hi, seen[None, :], log_scale, cap, CAPPED, PRECISION)
     best = tl.max(s, 1)
     p = tl.exp2(s - tl.where(best == float("-inf"), 0.0, best)[:, None])
     total = tl.sum(p, 1)
     p = p * (1.0 / tl.where(total == 0, 1.0, total))[:, None]
     dp = tl.dot(do, tl.trans(value), input_precision=PRECISION)
-    ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * scale
+    ds = bent(p * (dp - tl.sum(p * dp, 1)[:, None]) * scale, s, cap, CAPPED)
     return p.to(DOT), ds.to(DOT)
 
 
 @triton.jit
 def query_backward_kernel(
     dy, q, k, v, y, lse, dq, delta, queries, keys, first, stop, key_valid, cos, sin,
-    length, rows, query_slots, key_slots, tiles, scale, log_scale,
+    length, rows, query_slots, key_slots, tiles, scale, log_scale, cap,
     dy_b, dy_n, dy_h, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, rot_b, rot_n,
     G: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, TURNED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
-    BANDED: tl.constexpr, ROTARY: tl.constexpr, MASKED: tl.constexpr,
+    BANDED: tl.constexpr, ROTARY: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
     STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries of one head, and delta = Σ dy·y for :func:`key_backward_kernel`."""
@@ -143,9 +148,10 @@ def query_backward_kernel(
         visible = seen[None, :]
         if BANDED:
             visible = visible & (key_slot[None, :] >= begin[:, None]) & (key_slot[None, :] < end[:, None])
-        p = tl.exp2(scores(q_lo, q_hi, k_lo, k_hi, visible, log_scale, PRECISION) - norm[:, None])
+        s = scores(q_lo, q_hi, k_lo, k_hi, visible, log_scale, cap, CAPPED, PRECISION)
+        p = tl.exp2(s - norm[:, None])
         dp = tl.dot(do, tl.trans(value), input_precision=PRECISION)
-        ds = (p * (dp - share[:, None]) * scale).to(DOT)
+        ds = bent(p * (dp - share[:, None]) * scale, s, cap, CAPPED).to(DOT)
         lo = tl.dot(ds, k_lo, lo, input_precision=PRECISION)
         hi = tl.dot(ds, k_hi, hi, input_precision=PRECISION)
     if ROTARY:
@@ -156,11 +162,11 @@ def query_backward_kernel(
 @triton.jit
 def key_backward_kernel(
     dy, q, k, v, lse, delta, dk, dv, keys, queries, first, stop, key_valid, cos, sin,
-    length, rows, key_slots, query_slots, tiles, scale, log_scale,
+    length, rows, key_slots, query_slots, tiles, scale, log_scale, cap,
     dy_b, dy_n, dy_h, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, rot_b, rot_n,
     G: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, TURNED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
-    BANDED: tl.constexpr, ROTARY: tl.constexpr, MASKED: tl.constexpr, ADD: tl.constexpr,
+    BANDED: tl.constexpr, ROTARY: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, ADD: tl.constexpr,
     STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values of one KV head, over the transposed table."""
@@ -201,9 +207,10 @@ def key_backward_kernel(
                 q + h * q_h, q_rows, asked, cosine, sine, P, TURNED, BLOCK_H, ROTARY, DOT
             )
             do = load_whole(dy + h * dy_h, dy_rows, asked, P, BLOCK_P).to(DOT)
-            p = tl.exp2(scores(q_lo, q_hi, k_lo, k_hi, visible, log_scale, PRECISION) - norm[:, None])
+            s = scores(q_lo, q_hi, k_lo, k_hi, visible, log_scale, cap, CAPPED, PRECISION)
+            p = tl.exp2(s - norm[:, None])
             dp = tl.dot(do, tl.trans(value), input_precision=PRECISION)
-            ds = (p * (dp - share[:, None]) * scale).to(DOT)
+            ds = bent(p * (dp - share[:, None]) * scale, s, cap, CAPPED).to(DOT)
             dvalue = tl.dot(tl.trans(p.to(DOT)), do, dvalue, input_precision=PRECISION)
             dk_lo = tl.dot(tl.trans(ds), q_lo, dk_lo, input_precision=PRECISION)
             dk_hi = tl.dot(tl.trans(ds), q_hi, dk_hi, input_precision=PRECISION)

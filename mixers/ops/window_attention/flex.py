@@ -26,6 +26,7 @@ def block_attention(
     scale: float,
     key_valid: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Let each query of a block attend to the block's keys; see the reference."""
     q, k = rotated(q, k, rotary)
@@ -41,6 +42,7 @@ def block_attention(
                 t[at.clamp_min(0)].transpose(0, 1)[None]
                 for t, at in ((flat_q, queries), (flat_k, keys), (flat_v, keys))
             ),
+            score_mod=None if softcap is None else _bounded(softcap),
             block_mask=block_mask(table, seen),
             scale=scale,
             enable_gqa=q.shape[2] != k.shape[2],
@@ -90,6 +92,16 @@ def block_mask(table: Blocks, seen: Tensor) -> Any:
         mask_mod=visible,
         seq_lengths=(length, len(seen)),
     )
+
+
+@functools.cache
+def _bounded(softcap: float) -> Callable[..., Tensor]:
+    """Return the score modification that bounds scores."""
+
+    def bounded(score: Tensor, *place: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return bounded
 
 
 @functools.cache

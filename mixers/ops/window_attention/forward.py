@@ -17,11 +17,24 @@ from mixers.ops.window_attention.tiles import (
 
 
 @triton.jit
-def scores(q_lo, q_hi, k_lo, k_hi, visible, scale, PRECISION: tl.constexpr):
-    """Query·key in units of log 2, -inf where not visible."""
+def scores(
+    q_lo, q_hi, k_lo, k_hi, visible, scale, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Query·key in units of log 2, bounded by ``cap`` where CAPPED, -inf where not visible."""
     s = tl.dot(q_lo, tl.trans(k_lo), input_precision=PRECISION)
-    s = tl.dot(q_hi, tl.trans(k_hi), s, input_precision=PRECISION)
-    return tl.where(visible, s * scale, float("-inf"))
+    s = tl.dot(q_hi, tl.trans(k_hi), s, input_precision=PRECISION) * scale
+    if CAPPED:
+        s = cap * (2 * tl.sigmoid(2 * s / cap) - 1)
+    return tl.where(visible, s, float("-inf"))
+
+
+@triton.jit
+def bent(ds, s, cap, CAPPED: tl.constexpr):
+    """Gradient of the unbounded scores, given that of the bounded ones ``s``."""
+    if CAPPED:
+        level = tl.where(s == float("-inf"), 0.0, s) / cap
+        ds *= 1.0 - level * level
+    return ds
 
 
 @triton.jit
@@ -52,11 +65,11 @@ def finish(
 @triton.jit
 def forward_kernel(
     q, k, v, out, lse, queries, keys, first, stop, key_valid, cos, sin,
-    length, rows, query_slots, key_slots, tiles, scale,
+    length, rows, query_slots, key_slots, tiles, scale, cap,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, rot_b, rot_n,
     G: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, TURNED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
-    SINGLE: tl.constexpr, BANDED: tl.constexpr, ROTARY: tl.constexpr, MASKED: tl.constexpr,
+    SINGLE: tl.constexpr, BANDED: tl.constexpr, ROTARY: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
     KEEP_LSE: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend from one tile of queries.
@@ -95,7 +108,7 @@ def forward_kernel(
             q_lo, q_hi = load_queries(
                 q + h * q_h, q_rows, asked, cosine, sine, P, TURNED, BLOCK_H, ROTARY, DOT
             )
-            s = scores(q_lo, q_hi, k_lo, k_hi, visible, scale, PRECISION)
+            s = scores(q_lo, q_hi, k_lo, k_hi, visible, scale, cap, CAPPED, PRECISION)
             best = tl.max(s, 1)
             best = tl.where(best == float("-inf"), 0.0, best)
             p = tl.exp2(s - best[:, None])
@@ -121,7 +134,7 @@ def forward_kernel(
                     visible = (
                         visible & (key_slot[None, :] >= begin[:, None]) & (key_slot[None, :] < end[:, None])
                     )
-                s = scores(q_lo, q_hi, k_lo, k_hi, visible, scale, PRECISION)
+                s = scores(q_lo, q_hi, k_lo, k_hi, visible, scale, cap, CAPPED, PRECISION)
                 higher = tl.maximum(best, tl.max(s, 1))
                 finite = tl.where(higher == float("-inf"), 0.0, higher)
                 p = tl.exp2(s - finite[:, None])

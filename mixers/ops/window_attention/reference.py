@@ -1,4 +1,4 @@
-"""Attention over gather tables, on torch's scaled_dot_product_attention."""
+"""Attention over gather tables, in plain torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mixers.blocks import Blocks
 from mixers.rotary import apply_rotary
+from mixers.softmax import softmax_attention
 
 BLOCK_TOKENS = 16384
 """Query slots that are gathered at a time, which bounds the scratch memory."""
@@ -24,6 +24,7 @@ def block_attention(
     scale: float,
     key_valid: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Let each query of a block attend to the block's keys.
 
@@ -38,6 +39,7 @@ def block_attention(
         rotary: (cos, sin), each [B or 1, N, R], of which the two halves along R are alike: what the
             queries and the last N keys are rotated by first (rotate-half convention, the first R of P
             channels). Earlier keys are rotated already. None: all are.
+        softcap: Bound c of the scores: s → c·tanh(s / c). None: unbounded.
 
     Returns:
         [B, N, H, P], zero at tokens that are no block's query.
@@ -53,13 +55,13 @@ def block_attention(
             seen = seen & key_valid.flatten()[part.keys.clamp_min(0)][:, None]
         # A slot without a query may look anywhere, so that no softmax is over nothing.
         seen = seen | (part.queries < 0)[..., None]
-        y = F.scaled_dot_product_attention(
+        y = softmax_attention(
             flat_q[part.queries.clamp_min(0)].transpose(1, 2),
             flat_k[part.keys.clamp_min(0)].transpose(1, 2),
             flat_v[part.keys.clamp_min(0)].transpose(1, 2),
-            attn_mask=seen[:, None],
+            seen[:, None],
             scale=scale,
-            enable_gqa=q.shape[2] != k.shape[2],
+            softcap=softcap,
         ).transpose(1, 2)
         used = part.queries >= 0
         placed.append(part.queries[used].long())

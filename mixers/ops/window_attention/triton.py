@@ -47,6 +47,7 @@ def block_attention(
     scale: float,
     key_valid: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Let each query of a block attend to the block's keys; see the reference."""
     tables = [blocks] if isinstance(blocks, Blocks) else list(blocks)
@@ -62,7 +63,10 @@ def block_attention(
     largest = tables[counts.index(max(counts))]
     idle = largest.queries[:0, 0] if _fills(tables, q) else largest.idle
     covered = _fills(transposed[:1], k)
-    y, _ = attention(q, k, v, _flat(tables), _flat(transposed), key_valid, cos, sin, idle, scale, covered)
+    cap = 0.0 if softcap is None else softcap * LOG2E
+    y, _ = attention(
+        q, k, v, _flat(tables), _flat(transposed), key_valid, cos, sin, idle, scale, cap, covered
+    )
     return y.to(dtype)
 
 
@@ -78,6 +82,7 @@ def attention(
     sin: Tensor | None,
     idle: Tensor | None,
     scale: float,
+    cap: float,
     covered: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run the forward kernel on every table.
@@ -93,6 +98,7 @@ def attention(
         sin: [B or 1, N, R].
         idle: int [U] flat indices of tokens, among them all that are no table's query. None: any may be.
         scale: Factor on query·key.
+        cap: Bound of the scores in units of log 2; 0: unbounded.
         covered: Whether every key is looked at in the first table.
 
     Returns:
@@ -101,7 +107,7 @@ def attention(
     """
     y = _blank(q, idle)
     lse = _like_lse(q, transposed)
-    call = _Call(q, k, v, key_valid, cos, sin)
+    call = _Call(q, k, v, key_valid, cos, sin, cap)
     for table in _tables(tables):
         (groups, query_slots), key_slots = table.queries.shape, table.keys.shape[1]
         cut = launch.forward(query_slots, key_slots, q.shape[3], q.dtype, call.shared)
@@ -109,7 +115,7 @@ def attention(
         with triton_support.on_device(q):
             forward_kernel[(groups * tiles * k.shape[2],)](
                 call.q, call.k, call.v, y, lse, *table, *call.masks,
-                *call.lengths, query_slots, key_slots, tiles, scale * LOG2E, *call.strides,
+                *call.lengths, query_slots, key_slots, tiles, scale * LOG2E, cap, *call.strides,
                 **call.options(cut), SINGLE=cut.single, BANDED=table.banded,
                 KEEP_LSE=bool(transposed) and call.whole_window(table) is None,
             )  # fmt: skip
@@ -117,7 +123,7 @@ def attention(
 
 
 @attention.register_fake
-def _(q, k, v, tables, transposed, key_valid, cos, sin, idle, scale, covered):  # type: ignore[no-untyped-def]
+def _(q, k, v, tables, transposed, key_valid, cos, sin, idle, scale, cap, covered):  # type: ignore[no-untyped-def]
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), _like_lse(q, transposed)
 
 
@@ -136,6 +142,7 @@ def attention_backward(
     sin: Tensor | None,
     idle: Tensor | None,
     scale: float,
+    cap: float,
     covered: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, given that of y; arguments as for :func:`attention`."""
@@ -145,11 +152,11 @@ def attention_backward(
     )
     dy = rows(dy)
     delta = torch.empty_like(lse)
-    call = _Call(q, k, v, key_valid, cos, sin)
+    call = _Call(q, k, v, key_valid, cos, sin, cap)
     strides = (*dy.stride()[:3], *call.strides)
     for number, (table, back) in enumerate(zip(_tables(tables), _tables(transposed))):
         (groups, query_slots), key_slots = table.queries.shape, table.keys.shape[1]
-        scales = (scale, scale * LOG2E)
+        scales = (scale, scale * LOG2E, cap)
         cut = call.whole_window(table)
         with triton_support.on_device(q):
             if cut is not None:
@@ -177,7 +184,7 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(dy, q, k, v, y, lse, tables, transposed, key_valid, cos, sin, idle, scale, covered):  # type: ignore[no-untyped-def]
+def _(dy, q, k, v, y, lse, tables, transposed, key_valid, cos, sin, idle, scale, cap, covered):  # type: ignore[no-untyped-def]
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
 
 
@@ -193,7 +200,7 @@ def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
     dq, dk, dv = attention_backward(
         dy, q, k, v, y, lse, tables[:forward], tables[forward:], key_valid, cos, sin, idle, *ctx.rest
     )
-    return dq, dk, dv, [None] * forward, [None] * back, None, None, None, None, None, None
+    return dq, dk, dv, [None] * forward, [None] * back, *[None] * 7
 
 
 attention.register_autograd(_differentiate, setup_context=_setup)
@@ -210,7 +217,9 @@ class _Call:
         key_valid: Tensor | None,
         cos: Tensor | None,
         sin: Tensor | None,
+        cap: float,
     ) -> None:
+        self.capped = cap > 0
         self.q, self.k, self.v = rows(q), rows(k), rows(v)
         self.shared = triton_support.shared_memory(q.device)
         turned, angles = (q.shape[3] + 1) // 2, (0, 0)
@@ -236,6 +245,7 @@ class _Call:
             "BLOCK_P": launch.tile(width),
             "ROTARY": self.masks[1] is not None,
             "MASKED": self.masks[0] is not None,
+            "CAPPED": self.capped,
             "STAGES": cut.stages,
             "DOT": triton_support.dot_type(self.q.dtype),
             "PRECISION": "ieee",

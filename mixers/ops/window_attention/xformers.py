@@ -23,11 +23,13 @@ def block_attention(
     scale: float,
     key_valid: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Let each query of a block attend to the block's keys; see the reference."""
     from xformers.ops import memory_efficient_attention
 
     assert key_valid is None
+    assert softcap is None
     q, k = rotated(q, k, rotary)
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
     group = q.shape[2] // k.shape[2]

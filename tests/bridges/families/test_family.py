@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import OlmoConfig, OlmoForCausalLM
 
 import bridges
 from bridges.families import family, family_of
@@ -13,15 +13,15 @@ from tests.helpers import assert_close
 
 
 @pytest.fixture
-def mistral() -> Iterator[type[bridges.Family]]:
+def olmo() -> Iterator[type[bridges.Family]]:
     """A family that a user adds, gone again after the test."""
 
-    @bridges.register_family("mistral")
-    class Mistral(bridges.Family):
+    @bridges.register_family("olmo")
+    class Olmo(bridges.Family):
         pass
 
-    yield Mistral
-    del family._FAMILIES["mistral"]
+    yield Olmo
+    del family._FAMILIES["olmo"]
 
 
 def test_the_families_are_listed() -> None:
@@ -34,9 +34,9 @@ def test_an_unknown_one_is_refused_with_near_names() -> None:
         family_of("qwen2_5_vll")
 
 
-def test_a_family_is_a_small_file(mistral: type[bridges.Family]) -> None:
+def test_a_family_is_a_small_file(olmo: type[bridges.Family]) -> None:
     """The common pattern serves another Llama-like model without a line."""
-    teacher = models.ready(MistralForCausalLM(MistralConfig(**models.text_fields(sliding_window=None))))
+    teacher = models.ready(OlmoForCausalLM(OlmoConfig(**models.text_fields())))
     student, inputs = models.converted(teacher, "attention"), models.text_batch()
     theirs, ours = (models.at_tokens(models.logits(m, inputs), inputs) for m in (teacher, student))
     assert_close("logits", theirs, ours, 1e-5)

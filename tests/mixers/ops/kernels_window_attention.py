@@ -24,6 +24,8 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"windows {size}", _call(video, [video.windows(size)], bf16, 128)
     yield "without rotary", _call(video, both, bf16, 128, turned=0)
     yield "part rotary", _call(video, both, bf16, 128, turned=64)
+    yield "soft-cap", _call(video, both, bf16, 128, softcap=50.0)
+    yield "soft-cap, windows", _call(video, [video.windows((4, 4, 4))], bf16, 128, softcap=50.0)
     yield (
         "with history",
         _call(video, [video.recent(128, text_only=False, history=127)], bf16, 128, history=127),
@@ -38,6 +40,7 @@ def _call(
     *,
     turned: int | None = None,
     history: int = 0,
+    softcap: float | None = None,
 ) -> Callable[[], Any]:
     def call() -> None:
         q, k, v = (
@@ -47,7 +50,8 @@ def _call(
         angles = torch.randn(1, layout.length, width if turned is None else turned).to(dtype)
         rotary = (angles.cos(), angles.sin()) if turned != 0 else None
         key_valid = torch.ones(k.shape[:2], dtype=torch.bool) if history else None
-        y = block_attention(q, k, v, blocks, scale=0.1, key_valid=key_valid, rotary=rotary)
+        options = {"key_valid": key_valid, "rotary": rotary, "softcap": softcap}
+        y = block_attention(q, k, v, blocks, scale=0.1, **options)
         y.sum().backward()
 
     return call

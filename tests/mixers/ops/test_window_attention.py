@@ -26,12 +26,14 @@ def draw_qkv(rows: Rows, heads: tuple[int, int]) -> list[Tensor]:
     return [torch.randn(*rows.shape, n, 4, dtype=torch.float64, requires_grad=True) for n in (h, g, g)]
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, seen: Tensor) -> None:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, seen: Tensor, softcap: float | None = None
+) -> None:
     if blocks is None:
         assert not seen.any()
         return
-    found = block_attention(q, k, v, blocks, scale=0.5)
-    want = dense_attention(q, k, v, seen, 0.5)
+    found = block_attention(q, k, v, blocks, scale=0.5, softcap=softcap)
+    want = dense_attention(q, k, v, seen, 0.5, softcap)
     assert_close("y", want, found, 1e-12)
     weigh = torch.randn_like(q)
     for name, a, b in zip(
@@ -42,9 +44,18 @@ def check(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, seen: Tensor) 
         assert_close(f"gradient of {name}", a, b, 1e-11)
 
 
-@given(rows=rows(), size=EXTENTS, shifted=st.booleans(), heads=st.sampled_from(HEADS))
-def test_windows(rows: Rows, size: tuple[int, int, int], shifted: bool, heads: tuple[int, int]) -> None:
-    check(*draw_qkv(rows, heads), rows.layout.windows(size, shifted), same_window(rows, size, shifted))
+@given(
+    rows=rows(),
+    size=EXTENTS,
+    shifted=st.booleans(),
+    heads=st.sampled_from(HEADS),
+    softcap=st.sampled_from([None, 0.8]),
+)
+def test_windows(
+    rows: Rows, size: tuple[int, int, int], shifted: bool, heads: tuple[int, int], softcap: float | None
+) -> None:
+    blocks, seen = rows.layout.windows(size, shifted), same_window(rows, size, shifted)
+    check(*draw_qkv(rows, heads), blocks, seen, softcap)
 
 
 @given(rows=rows(holes=True), window=st.integers(1, 9), text_only=st.booleans(), heads=st.sampled_from(HEADS))

@@ -33,8 +33,10 @@ def inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tens
     return [torch.randn(2, 300, heads, 16).to(device, dtype).requires_grad_() for heads in (4, 2, 2)]
 
 
-def results(tensors: list[Tensor], tables: list[Blocks], backend: str) -> list[Tensor]:
-    y = block_attention(*tensors, tables, scale=0.3, backend=backend)
+def results(
+    tensors: list[Tensor], tables: list[Blocks], backend: str, softcap: float | None = None
+) -> list[Tensor]:
+    y = block_attention(*tensors, tables, scale=0.3, softcap=softcap, backend=backend)
     weigh = torch.cos(torch.arange(y.numel(), device=y.device)).view_as(y).to(y)
     return [y, *torch.autograd.grad(y, tensors, weigh)]
 
@@ -60,11 +62,12 @@ def test_flex_masks_what_the_tables_say(name: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("name", TABLES)
-def test_flex_on_the_chip(name: str) -> None:
+def test_flex_on_the_chip(name: str, softcap: float | None) -> None:
     tables = TABLES[name](layout().to("cuda"))
     tensors = inputs("cuda")
-    for a, b in zip(results(tensors, tables, "reference"), results(tensors, tables, "flex")):
+    for a, b in zip(*(results(tensors, tables, backend, softcap) for backend in ("reference", "flex"))):
         assert_close(name, a, b, 5e-3)
 
 

@@ -38,9 +38,11 @@ def run(
     tables: Sequence[Blocks],
     rotary: tuple[Tensor, Tensor] | None,
     key_valid: Tensor | None = None,
+    softcap: float | None = None,
 ) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in tensors]
-    y = block_attention(*leaves, tables, scale=0.3, key_valid=key_valid, rotary=rotary, backend=backend)
+    options = {"key_valid": key_valid, "rotary": rotary, "softcap": softcap}
+    y = block_attention(*leaves, tables, scale=0.3, **options, backend=backend)
     return [y, *torch.autograd.grad(y, leaves, dy.to(y))]
 
 
@@ -54,6 +56,7 @@ def check(
     history: int = 0,
     dtype: torch.dtype = torch.float32,
     key_valid: Tensor | None = None,
+    softcap: float | None = None,
 ) -> None:
     """Compare the backends on the same rounded inputs, which are views into one projection."""
     present = [t for t in tables if t is not None]
@@ -68,9 +71,9 @@ def check(
     if turned:
         cos, sin = random_rotary(batch, length, torch.float64, turned)
         rotary = cos.to(DEVICE, dtype), sin.to(DEVICE, dtype)
-    found = run("triton", (q, k, v), dy, present, rotary, key_valid)
+    found = run("triton", (q, k, v), dy, present, rotary, key_valid, softcap)
     exact = None if rotary is None else (rotary[0].double(), rotary[1].double())
-    want = run("reference", (q.double(), k.double(), v.double()), dy, present, exact, key_valid)
+    want = run("reference", (q.double(), k.double(), v.double()), dy, present, exact, key_valid, softcap)
     tolerance = INTERPRETED_TOLERANCE if DEVICE == "cpu" and dtype != torch.float32 else TOLERANCE[dtype]
     for name, a, b in zip(("y", "dq", "dk", "dv"), want, found):
         assert b.dtype == dtype
@@ -108,6 +111,17 @@ def test_history(rows: Rows, window: int, data: st.DataObject) -> None:
 def test_widths(width: int, turned: int) -> None:
     layout = TokenLayout.from_grids(14, [[(2, (2, 2, 2))]], device=DEVICE)
     check(layout, [layout.windows((2, 2, 2)), layout.recent(4, text_only=True)], width=width, turned=turned)
+
+
+@pytest.mark.parametrize("softcap", [0.4, 50.0])
+@pytest.mark.parametrize("size", [(2, 2, 2), (4, 4, 5)])
+def test_a_soft_cap(softcap: float, size: tuple[int, int, int]) -> None:
+    """In windows of one tile, whose backward is one kernel, and of several; beside text and padding."""
+    valid = torch.ones(1, 90, dtype=torch.bool, device=DEVICE)
+    valid[:, :2] = False
+    layout = TokenLayout.from_grids(90, [[(3, (4, 4, 5))]], valid=valid)
+    tables = [layout.windows(size), layout.recent(4, text_only=True)]
+    check(layout, tables, heads=(2, 1), softcap=softcap, key_valid=valid)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
