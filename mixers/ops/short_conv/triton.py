@@ -12,7 +12,7 @@ from mixers.ops import triton_support
 from mixers.ops.short_conv.reference import check
 from mixers.ops.strides import leading, rows
 
-TILES = 8
+TILES = 16
 """Tiles of steps that one program of the backward pass sums the weight's gradient over."""
 
 
@@ -57,7 +57,7 @@ def _short_conv_backward(
     batch, length, channels = x.shape
     taps = weight.shape[1]
     before = 0 if history is None else taps - 1
-    block_n, block_c = 32, _block_channels(channels, 64)
+    block_n, block_c = 16, _block_channels(channels, 128 if taps <= 4 else 64)
     tiles = batch * triton.cdiv(length + before, block_n * TILES)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dhistory = torch.empty((batch, before, channels), dtype=x.dtype, device=x.device)
@@ -66,8 +66,8 @@ def _short_conv_backward(
         _backward[(tiles * triton.cdiv(channels, block_c),)](
             dy, x, weight.t().contiguous(), order, run, history, dx, dhistory, partial,
             length, channels, *leading(dy), *leading(x),
-            TAPS=taps, TAPS2=triton.next_power_of_2(taps), BEFORE=before,
-            SPAN=block_n * TILES, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=8,
+            TAPS=taps, BEFORE=before,
+            SPAN=block_n * TILES, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
     dweight = partial.sum(0).t().to(weight.dtype).contiguous()
     return dx, dweight, dhistory if history is None else dhistory.to(history.dtype)
@@ -159,18 +159,20 @@ def _forward(
 def _backward(
     dy, x, weight, order, run, history, dx, dhistory, partial,
     N, C, stride_dyb, stride_dyn, stride_b, stride_n,
-    TAPS: tl.constexpr, TAPS2: tl.constexpr, BEFORE: tl.constexpr,
+    TAPS: tl.constexpr, BEFORE: tl.constexpr,
     SPAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program a span of steps, which begin at -BEFORE, where the history stands."""
+    """A program a span of steps, which begin at -BEFORE, where the history stands.
+
+    What each step adds to the weight's gradient is summed over the steps at the end alone, since threads share it.
+    """
     tiles_c, spans = tl.cdiv(C, BLOCK_C), tl.cdiv(N + BEFORE, SPAN)
     span = tl.program_id(0) // tiles_c
     channel = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channel < C
     batch = (span // spans).to(tl.int64)
     row = batch * N
-    place = tl.arange(0, TAPS2)[:, None]
-    dweight = tl.zeros((TAPS2, BLOCK_C), tl.float32)
+    sums = (tl.zeros((BLOCK_N, BLOCK_C), tl.float32),) * TAPS
     first = span % spans * SPAN - BEFORE
     for start in range(first, tl.minimum(first + SPAN, N), BLOCK_N):
         step = start + tl.arange(0, BLOCK_N)
@@ -185,6 +187,7 @@ def _backward(
             slot = (batch * BEFORE + BEFORE + step) * C
             value += tl.load(history + slot[:, None] + channel, mask=early, other=0).to(tl.float32)
         total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+        added = ()
         for ahead in tl.static_range(TAPS):
             other = step + ahead
             inside = live & (other >= 0) & (other < N)
@@ -194,10 +197,12 @@ def _backward(
             grad = tl.load(dy + at[:, None] + channel, mask=inside[:, None] & real, other=0).to(tl.float32)
             tap = tl.load(weight + (TAPS - 1 - ahead) * C + channel, mask=real, other=0).to(tl.float32)
             total += grad * tap
-            dweight += tl.where(place == TAPS - 1 - ahead, tl.sum(grad * value, 0)[None, :], 0)
+            added = added + (sums[ahead] + grad * value,)  # noqa: RUF005 -- Triton unpacks no tuples
+        sums = added
         at = (row + token) * C
         tl.store(dx + at[:, None] + channel, total.to(dx.dtype.element_ty), mask=here[:, None] & real)
         if history is not None:
             tl.store(dhistory + slot[:, None] + channel, total.to(dhistory.dtype.element_ty), mask=early)
     at = span.to(tl.int64) * TAPS * C
-    tl.store(partial + at + place * C + channel, dweight, mask=(place < TAPS) & real)
+    for ahead in tl.static_range(TAPS):
+        tl.store(partial + at + (TAPS - 1 - ahead) * C + channel, tl.sum(sums[ahead], 0), mask=real)
