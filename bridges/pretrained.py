@@ -41,6 +41,7 @@ MODEL_TYPE = "linmu"
 FP32_PARAMETERS = ("A_log", "dt_bias")
 WEIGHT_FILES = "model*.safetensors*"
 CARD = "README.md"
+EMPTY_CARD = "has been automatically generated"
 CHUNKS_SINCE = "5.23"
 
 _AUTO_CLASSES = [
@@ -174,9 +175,18 @@ class _Converted:
         card, name = Path(save_directory) / CARD, Path(save_directory).resolve().name
         with atomic_directory(save_directory, replaces=WEIGHT_FILES) as temporary:
             if not card.exists():
-                architecture = type(self).__name__
-                (temporary / CARD).write_text(model_card(name, architecture, _record(self)), encoding="utf-8")
+                self._write_card(temporary, name)
             save(temporary)
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload with the card of a converted model where transformers has put an empty one."""
+        if EMPTY_CARD in (Path(working_dir) / CARD).read_text(encoding="utf-8"):
+            self._write_card(Path(working_dir), repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+
+    def _write_card(self, folder: Path, name: str) -> None:
+        card = model_card(name, type(self).__name__, _record(self))
+        (folder / CARD).write_text(card, encoding="utf-8")
 
 
 class _Generating:

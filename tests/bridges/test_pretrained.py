@@ -7,6 +7,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,6 +229,29 @@ class TestCard:
         assert "`tiny`" in card
         assert "secret" not in card
         assert "base_model" not in card
+
+    @pytest.mark.parametrize("there", ["This model card has been automatically generated.", "mine"])
+    def test_it_is_pushed_unless_the_repository_has_one(
+        self, llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
+    ) -> None:
+        class Card:
+            def save(self, path: str) -> None:
+                Path(path).write_text(there)
+
+        class Hub:
+            create_repo = staticmethod(lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
+
+        pushed: list[str] = []
+        monkeypatch.setattr(transformers.modeling_utils, "hf_api", Hub)
+        monkeypatch.setattr(transformers.modeling_utils, "create_and_tag_model_card", lambda *_, **__: Card())
+        monkeypatch.setattr(
+            transformers.PreTrainedModel,
+            "_upload_modified_files",
+            lambda model, folder, *_, **__: pushed.append((Path(folder) / "README.md").read_text()),
+        )
+        llama.save_pretrained(tmp_path / "m", push_to_hub=True, repo_id="me/student")
+        expected = 'bridges.load_pretrained("me/student")' if there != "mine" else "mine"
+        assert expected in pushed[0]
 
     def test_one_that_is_there_stays(self, llama: Any, tmp_path: Path) -> None:
         (tmp_path / "README.md").write_text("mine")
