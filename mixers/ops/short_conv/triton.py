@@ -197,7 +197,8 @@ def _backward(
             grad = tl.load(dy + at[:, None] + channel, mask=inside[:, None] & real, other=0).to(tl.float32)
             tap = tl.load(weight + (TAPS - 1 - ahead) * C + channel, mask=real, other=0).to(tl.float32)
             total += grad * tap
-            added = added + (sums[ahead] + grad * value,)  # noqa: RUF005 -- Triton unpacks no tuples
+            more = (sums[ahead] + grad * value,)
+            added = added + more  # type: ignore[assignment]
         sums = added
         at = (row + token) * C
         tl.store(dx + at[:, None] + channel, total.to(dx.dtype.element_ty), mask=here[:, None] & real)
