@@ -92,7 +92,7 @@ class DataSpec(Part):
     """What to train on; a bare string is the ``task``.
 
     Args:
-        task: Name of a dataset: ``easy-vqa`` or ``text``.
+        task: Name of a dataset: ``easy-vqa``, ``recall`` or ``text``.
         options: Its keyword arguments.
         workers: Processes that make batches; 0 makes them in the training process.
     """

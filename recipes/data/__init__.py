@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from recipes.plan import DataSpec
 
-TASKS = ("easy-vqa", "text")
+TASKS = ("easy-vqa", "recall", "text")
 
 
 def load_task(spec: DataSpec, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
@@ -40,6 +40,11 @@ def load_task(spec: DataSpec, config: PreTrainedConfig, tokenizer: PreTrainedTok
 
         _check_options(spec, EasyVQA, "config", "tokenizer")
         return EasyVQA(config, tokenizer, **spec.options)
+    if spec.task == "recall":
+        from recipes.data.recall import Recall
+
+        _check_options(spec, Recall, "tokenizer")
+        return Recall(tokenizer, **spec.options)
     from recipes.data.text import Text
 
     _check_options(spec, Text, "tokenizer")

@@ -76,7 +76,7 @@ class Task(Protocol):
         ...
 
     def score(self, item: Item, generated_ids: Tensor) -> float:
-        """1.0 if the newly generated ids [N] (the prompt cut off) are the item's answer, else 0.0."""
+        """Judge newly generated ids [N], the prompt cut off: 1.0 if they are the item's answer, down to 0.0."""
         ...
 
 
