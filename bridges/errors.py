@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 
 class BridgeError(Exception):
     """Base class of every error raised on purpose by :mod:`bridges`."""
@@ -45,3 +48,9 @@ class CacheError(BridgeError, RuntimeError):
 
 class VersionError(BridgeError, RuntimeError):
     """This version of transformers cannot do what is asked."""
+
+
+@functools.cache
+def warn_once(message: str, category: type[Warning], stacklevel: int) -> None:
+    """Warn, if the same was not said before; ``stacklevel`` as for :func:`warnings.warn`, from here."""
+    warnings.warn(message, category, stacklevel=stacklevel)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,12 +19,11 @@ from bridges.atomic import atomic_directory
 from bridges.attention import MixerAttention
 from bridges.errors import CheckpointError
 from bridges.plan import Report, find_attention, plan
-from bridges.pretrained import read_json
-from bridges.record import RECORD, teacher_name, upgraded
+from bridges.pretrained import note_settings, open_weights, read_json
+from bridges.record import NEW_WEIGHTS, RECORD, teacher_name, upgraded
 from bridges.replace import replace_attention
 
-DESCRIPTION, WEIGHTS = "new_weights.json", "new_weights.safetensors"
-ADAPTER = "adapter_config.json"
+WEIGHTS = "new_weights.safetensors"
 
 
 def save_new_weights(model: Any, path: str | Path, *, teacher: PreTrainedModel) -> None:
@@ -41,21 +39,15 @@ def save_new_weights(model: Any, path: str | Path, *, teacher: PreTrainedModel) 
             something else.
     """
     path = Path(path)
-    if path.is_dir() and any(path.iterdir()) and not (path / DESCRIPTION).exists():
+    if path.is_dir() and any(path.iterdir()) and not (path / NEW_WEIGHTS).exists():
         raise CheckpointError(f"{path} holds something else; choose an empty or a new directory.")
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    record = getattr(base.config.get_text_config(decoder=True), RECORD, None)
-    if record is None:
+    if not hasattr(base.config.get_text_config(decoder=True), RECORD):
         raise CheckpointError(f"{type(base).__name__} is not converted; it has no new weights.")
     if any(isinstance(module, MixerAttention) for module in teacher.modules()):
         raise CheckpointError(
             "the teacher is converted too; pass the model as it was before, or load it again."
         )
-    record = {**record, "layers": dict(record["layers"])}
-    for module in base.modules():
-        if isinstance(module, MixerAttention):
-            index = str(module.layer_idx)
-            record["layers"][index] = {**record["layers"][index], "config": module.mixer.config.to_dict()}
     theirs = dict(teacher.named_parameters())
     new = {}
     for name, parameter in _own_parameters(base):
@@ -71,13 +63,13 @@ def save_new_weights(model: Any, path: str | Path, *, teacher: PreTrainedModel) 
         "base_model_type": teacher.config.model_type,
         "teacher": teacher_name(teacher),
         "adapters": hasattr(model, "peft_config"),
-        RECORD: record,
+        RECORD: note_settings(base),
     }
     with atomic_directory(path, replaces="*") as folder:
         if about["adapters"]:
             model.save_pretrained(folder)
         save_file(new, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / DESCRIPTION).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        (folder / NEW_WEIGHTS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def load_new_weights(teacher: PreTrainedModel, path: str | Path) -> Any:
@@ -96,7 +88,7 @@ def load_new_weights(teacher: PreTrainedModel, path: str | Path) -> Any:
         BridgeError: As :func:`replace_attention` says.
     """
     path = Path(path)
-    about = read_json(path / DESCRIPTION)
+    about = read_json(path / NEW_WEIGHTS)
     record = upgraded(about.get(RECORD) or {}, path)
     if about.get("base_model_type") != teacher.config.model_type:
         raise CheckpointError(
@@ -105,7 +97,8 @@ def load_new_weights(teacher: PreTrainedModel, path: str | Path) -> Any:
         )
     spec = {index: {"mixer": layer["mixer"], **layer["config"]} for index, layer in record["layers"].items()}
     planned = plan(teacher, spec)
-    tensors = _read(path / WEIGHTS)
+    with open_weights(path / WEIGHTS) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
     _check(tensors, _shapes(teacher, planned), path, about)
     replace_attention(teacher, spec)
     parameters = dict(teacher.named_parameters())
@@ -165,13 +158,3 @@ def _check(
 
 def _named(about: Mapping[str, Any]) -> str:
     return f", {about['teacher']!r}" if about.get("teacher") else ""
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 -- not a dict
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete.") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged or truncated ({error}); copy or save it again.") from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +19,7 @@ from bridges.errors import (
     AssumedFamilyWarning,
     BridgeError,
     UnsupportedAttentionError,
+    warn_once,
 )
 from bridges.families import Family, family_for
 from bridges.patterns import Spec, resolve
@@ -151,7 +150,13 @@ def plan(
         rows.append(LayerPlan(index, name, full, tuple(done), _state_bytes(mixer, attention)))
     kept = tuple(i for i in range(len(attentions)) if i not in chosen)
     if family.assumed:
-        _warn_once(type(model).__name__, model.config.model_type, family.assumed)
+        warn_once(
+            f"no family lists {type(model).__name__} (model_type {model.config.model_type!r}); assumed: "
+            f"{'; '.join(family.assumed)}. Make sure by replace_attention(copy, 'attention'), which has to give the "
+            "model's own logits (docs: add a model family).",
+            AssumedFamilyWarning,
+            3,
+        )
     return Report(type(model).__name__, model.config.model_type, init, tuple(rows), kept, family.assumed)
 
 
@@ -177,16 +182,6 @@ def find_attention(model: nn.Module) -> tuple[Family, list[nn.Module]]:
             "such as {'*': 'mmate', '0': 'attention'} for all layers."
         )
     return family, attentions
-
-
-@functools.cache
-def _warn_once(model_class: str, model_type: str, assumed: tuple[str, ...]) -> None:
-    warnings.warn(
-        f"no family lists {model_class} (model_type {model_type!r}); assumed: {'; '.join(assumed)}. Make sure by "
-        "replace_attention(copy, 'attention'), which has to give the model's own logits (docs: add a model family).",
-        AssumedFamilyWarning,
-        stacklevel=3,
-    )
 
 
 def _check_weights(index: int, attention: nn.Module) -> None:

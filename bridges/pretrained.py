@@ -8,10 +8,11 @@ never with the teacher's attention in silence.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from bridges.card import model_card
 from bridges.errors import CheckpointError, VersionError
 from bridges.families import Family, family_for
 from bridges.layout_capture import LayoutCapture
-from bridges.record import RECORD, record_of, upgraded
+from bridges.record import NEW_WEIGHTS, RECORD, record_of, upgraded
 from bridges.transfer import adopt_projections
 from mixers import get
 
@@ -168,10 +169,7 @@ class _Converted:
             return save(save_directory)
         if kwargs.get("push_to_hub"):
             save.keywords.setdefault("repo_id", Path(save_directory).name)
-        layers = _record(self)["layers"]
-        for module in self.modules():  # type: ignore[attr-defined]
-            if isinstance(module, MixerAttention):
-                layers[str(module.layer_idx)]["config"] = module.mixer.config.to_dict()
+        note_settings(self)
         card, name = Path(save_directory) / CARD, Path(save_directory).resolve().name
         with atomic_directory(save_directory, replaces=WEIGHT_FILES) as temporary:
             if not card.exists():
@@ -337,6 +335,15 @@ def _record(model: Any) -> dict[str, Any]:
     return record
 
 
+def note_settings(model: Any) -> dict[str, Any]:
+    """Bring a model's record up to the settings that its mixers have now, which training may change; return it."""
+    record = _record(model)
+    for module in model.modules():
+        if isinstance(module, MixerAttention):
+            record["layers"][str(module.layer_idx)]["config"] = module.mixer.config.to_dict()
+    return record
+
+
 def _connect(model: Any, family: Family, record: dict[str, Any]) -> None:
     decoder = model.get_decoder()
     for module in {id(m): m for m in (model, decoder)}.values():
@@ -354,6 +361,11 @@ def _build_no_masks(model: Any) -> None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    if (path / NEW_WEIGHTS).exists() and not (path / "config.json").exists():
+        raise CheckpointError(
+            f"there is no converted model at {path}, but new weights alone: load the teacher, and call "
+            "load_new_weights(teacher, path)."
+        )
     fields = read_json(path / "config.json")
     if fields.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
@@ -390,8 +402,6 @@ def read_json(file: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         left = older(file.parent)
         hint = f" A save to it was killed; the older model is whole at {left}." if left.exists() else ""
-        if (file.parent / "new_weights.json").exists() and file.name == "config.json":
-            hint = " It holds new weights alone: load the teacher, and call load_new_weights(teacher, path)."
         raise CheckpointError(
             f"there is no converted model at {file.parent}: {file.name} is missing.{hint}"
         ) from error
@@ -411,12 +421,21 @@ def _check_weights(path: Path) -> None:
     if index.exists():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
     for name in names:
-        try:
-            with safe_open(path / name, framework="pt") as file:
-                file.keys()
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path / name} is missing; the checkpoint is incomplete.") from error
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path / name} is damaged or truncated ({error}); copy or save it again."
-            ) from error
+        with open_weights(path / name) as file:
+            file.keys()
+
+
+@contextlib.contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """Open a safetensors file of a checkpoint.
+
+    Raises:
+        CheckpointError: It is missing, or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete.") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged or truncated ({error}); copy or save it again.") from error

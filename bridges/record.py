@@ -16,6 +16,9 @@ RECORD = "linmu"
 
 FORMAT_VERSION = 2
 
+NEW_WEIGHTS = "new_weights.json"
+"""The file that describes a checkpoint of new weights alone."""
+
 
 def surgery_record(report: Report, layer_count: int, teacher: str | None) -> dict[str, Any]:
     """Return what the config keeps of a conversion: enough to build the same modules again."""

@@ -90,6 +90,9 @@ class Attention(TokenMixer):
             return F.scaled_dot_product_attention(
                 q, k, v, is_causal=length > 1, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
             )
+        of_key = None
+        if layout.sequence is not None:  # what a state holds is of the first sequence
+            of_key = torch.cat([layout.sequence[:, :1].expand(-1, past), layout.sequence], dim=1)
         outputs = []
         for start in range(0, length, QUERIES_AT_ONCE):
             own = slice(start, min(start + QUERIES_AT_ONCE, length))
@@ -102,9 +105,7 @@ class Attention(TokenMixer):
             seen = (keys < end[..., None]) & (keys > at[:, None] - window)
             if valid is not None:
                 seen = seen & valid[:, None, first:stop]
-            if layout.sequence is not None:  # what a state holds is of the first sequence
-                earlier = layout.sequence[:, :1].expand(-1, past)
-                of_key = torch.cat([earlier, layout.sequence], dim=1)
+            if of_key is not None:
                 seen = seen & (of_key[:, None, first:stop] == of_key[:, at, None])
             seen = seen | (keys == at[:, None])  # padding sees itself, so that no softmax is over nothing
             outputs.append(

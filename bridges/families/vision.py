@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bridges import errors
 from bridges.errors import LayoutCaptureError, LayoutFallbackWarning
 from bridges.families.family import Clips, Family
 from mixers import TokenMixer
@@ -17,7 +17,6 @@ from mixers.bimamba2 import BiMamba2
 from mixers.swin3d import Swin3D
 
 Run = tuple[int, int]
-_warned: set[tuple[str, str]] = set()
 
 
 class VisionFamily(Family):
@@ -116,7 +115,4 @@ class ClipTable:
 
 def warn_once(config: Any, what: str) -> None:
     """Warn of a fallback, once for each class of model."""
-    key = (config.model_type, what)
-    if key not in _warned:
-        _warned.add(key)
-        warnings.warn(f"{config.model_type}: {what}.", LayoutFallbackWarning, stacklevel=2)
+    errors.warn_once(f"{config.model_type}: {what}.", LayoutFallbackWarning, 3)

@@ -333,6 +333,14 @@ def labels(inputs: Inputs) -> Tensor:
     return inputs["input_ids"].masked_fill(~follows, -100)
 
 
+def generated(model: Any, inputs: Inputs, new_tokens: int = 6, **settings: Any) -> tuple[Tensor, Tensor]:
+    """Return new tokens [B, T] and the logits [T, B, V] that they were chosen from."""
+    settings = {"return_dict_in_generate": True, "output_logits": True, **settings}
+    out = generate(model, inputs, new_tokens, **settings)
+    logits = torch.stack(out.logits)
+    return out.sequences[:, -len(logits) :], logits
+
+
 def at_tokens(table: Tensor, inputs: Inputs) -> Tensor:
     """Return what stands at tokens rather than padding."""
     return table[inputs["attention_mask"].bool()]

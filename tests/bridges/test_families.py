@@ -16,7 +16,9 @@ from torch import Tensor
 import bridges
 from recipes.results import Results
 from tests.bridges import models, vlms
+from tests.bridges.models import generated
 from tests.bridges.test_masks import largest
+from tests.helpers import relative_rms
 
 SPEC = {"mixer": "mmate", "text_window": 6, "window": (2, 2, 2), "chunk_size": 8}
 LONG = 4096
@@ -33,24 +35,8 @@ def student(family: str) -> Any:
     return models.converted(source(family).teacher(family), {"*": SPEC})
 
 
-def error(wanted: Tensor, found: Tensor) -> float:
-    """Relative RMS."""
-    return float((found - wanted).double().square().mean().sqrt() / wanted.double().square().mean().sqrt())
-
-
-def generated(
-    model: Any, inputs: models.Inputs, new_tokens: int = 8, **settings: Any
-) -> tuple[Tensor, Tensor]:
-    """Return new tokens [B, T] and the logits [T, B, V] before each."""
-    out = models.generate(
-        model, inputs, new_tokens, return_dict_in_generate=True, output_logits=True, **settings
-    )
-    logits = torch.stack(out.logits)
-    return out.sequences[:, -len(logits) :], logits
-
-
 def alike(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
-    return torch.equal(one[0], other[0]) and error(one[1], other[1]) <= 1e-5
+    return torch.equal(one[0], other[0]) and relative_rms(one[1], other[1]) <= 1e-5
 
 
 def identity(family: str, folder: Path) -> float:
@@ -58,8 +44,8 @@ def identity(family: str, folder: Path) -> float:
     teacher, inputs = source(family).teacher(family), source(family).batch(family)
     twin = models.converted(teacher, "attention", stirred=False)
     whole = [models.at_tokens(models.logits(model, inputs), inputs) for model in (teacher, twin)]
-    steps = [generated(model, inputs)[1] for model in (teacher, twin)]
-    return max(error(*whole), error(*steps))
+    steps = [generated(model, inputs, 8)[1] for model in (teacher, twin)]
+    return max(relative_rms(*whole), relative_rms(*steps))
 
 
 def generate(family: str, folder: Path) -> bool:
@@ -71,8 +57,8 @@ def generate(family: str, folder: Path) -> bool:
 def left_padding(family: str, folder: Path) -> bool:
     """A row in a padded batch as alone."""
     model = student(family)
-    tokens, logits = generated(model, source(family).batch(family))
-    rows = [generated(model, source(family).row_of(family, row)) for row in range(len(tokens))]
+    tokens, logits = generated(model, source(family).batch(family), 8)
+    rows = [generated(model, source(family).row_of(family, row), 8) for row in range(len(tokens))]
     return all(alike((row[0][0], row[1][:, 0]), (tokens[i], logits[:, i])) for i, row in enumerate(rows))
 
 
@@ -87,7 +73,7 @@ def beams(family: str, folder: Path) -> bool:
 def chunked_prefill(family: str, folder: Path) -> bool:
     """A prompt of text in parts of 5 tokens as whole."""
     model, inputs = student(family), models.text_batch()
-    return alike(generated(model, inputs), generated(model, inputs, prefill_chunk_size=5))
+    return alike(generated(model, inputs, 8), generated(model, inputs, 8, prefill_chunk_size=5))
 
 
 def save_load(family: str, folder: Path) -> bool:
@@ -97,7 +83,7 @@ def save_load(family: str, folder: Path) -> bool:
     again = bridges.load_pretrained(folder / family)
     weights = again.state_dict()
     same = all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
-    return same and error(models.logits(model, inputs), models.logits(again, inputs)) <= 1e-6
+    return same and relative_rms(models.logits(model, inputs), models.logits(again, inputs)) <= 1e-6
 
 
 def gradients(family: str, folder: Path) -> bool:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import bridges
-from bridges.plan import _warn_once
+from bridges.errors import warn_once
 from tests.bridges import models
 from tests.bridges.test_plan import Snapshot
 from tests.helpers import assert_close
@@ -32,7 +32,7 @@ TEXT = [family for family in models.FAMILIES if family != "qwen2_5_vl"]
 @pytest.fixture(autouse=True)
 def _warned_anew() -> None:
     """A warning that is given once is given to each test."""
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
 
 
 @pytest.mark.parametrize("family", TEXT)

@@ -41,11 +41,9 @@ def linear(family: str) -> Any:
 
 
 def generated(model: Any, inputs: models.Inputs, **settings: Any) -> tuple[Tensor, Tensor]:
-    """Return new tokens [B, T] and the logits [T, B, V] that they were chosen from."""
+    """Generate, and sample alike each time; see :func:`models.generated`."""
     torch.manual_seed(5)
-    out = models.generate(model, inputs, return_dict_in_generate=True, output_logits=True, **settings)
-    logits = torch.stack(out.logits)
-    return out.sequences[:, -len(logits) :], logits
+    return models.generated(model, inputs, **settings)
 
 
 @pytest.mark.parametrize(

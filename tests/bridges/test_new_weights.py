@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import bridges
 from tests.bridges import models
 from tests.bridges.test_plan import Snapshot
+from tests.bridges.test_pretrained import edit
 
 SPECS: dict[str, Any] = {
     "mmate": "mmate",
@@ -69,12 +69,6 @@ def test_adapters_are_in_it(tmp_path: Path) -> None:
     assert same(loaded, wrapped)
     inputs = models.batch("llama")
     assert torch.equal(models.logits(loaded, inputs), models.logits(wrapped, inputs))
-
-
-def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    fields = json.loads(file.read_text())
-    change(fields)
-    file.write_text(json.dumps(fields))
 
 
 def without(folder: Path, part: str) -> None:

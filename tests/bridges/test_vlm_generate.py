@@ -13,7 +13,7 @@ import bridges
 import mixers
 from mixers import TokenLayout
 from tests.bridges import models, vlms
-from tests.bridges.models import Inputs
+from tests.bridges.models import Inputs, generated
 from tests.helpers import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::bridges.LayoutFallbackWarning")
@@ -35,14 +35,6 @@ def spec(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(family: str, spec: str) -> Any:
     return models.converted(vlms.teacher(family), SPECS[spec])
-
-
-def generated(model: Any, inputs: Inputs, new_tokens: int = 6, **settings: Any) -> tuple[Tensor, Tensor]:
-    """Return new tokens [B, T] and the logits [T, B, V] that they were chosen from."""
-    settings = {"return_dict_in_generate": True, "output_logits": True, **settings}
-    out = models.generate(model, inputs, new_tokens, **settings)
-    logits = torch.stack(out.logits)
-    return out.sequences[:, -len(logits) :], logits
 
 
 def assert_same(wanted: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> None:

@@ -19,8 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 import bridges
-from bridges.errors import LayoutFallbackWarning
-from bridges.families import vision
+from bridges.errors import LayoutFallbackWarning, warn_once
 from mixers import TokenLayout
 from tests.bridges import models, vlms
 from tests.bridges.models import IMAGE, VIDEO
@@ -227,8 +226,8 @@ class TestFallbacks:
     """What is assumed where the model is not told, and the warning that says so."""
 
     @pytest.fixture(autouse=True)
-    def _nothing_warned_yet(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(vision, "_warned", set())
+    def _nothing_warned_yet(self) -> None:
+        warn_once.cache_clear()
 
     @pytest.mark.parametrize("family", ["internvl", "smolvlm", "idefics3"])
     def test_frames_are_told_by_their_captions_with_a_warning(self, family: str) -> None:

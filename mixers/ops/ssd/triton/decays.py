@@ -55,6 +55,25 @@ def chunk_end(ends, direction, row, head, chunk, B, E, chunks, EXACT: tl.constex
     return high, low
 
 
+@triton.jit
+def from_start(sums, direction, row, head, steps, B, E, padded, TERMS: tl.constexpr):
+    """Return the log2 decay from the start of a chunk to each of its steps, [Q]."""
+    gap = running(sums, direction, 0, row, head, steps, B, E, padded, TERMS)
+    if TERMS == 3:
+        gap += running(sums, direction, 2, row, head, steps, B, E, padded, TERMS)
+    return gap
+
+
+@triton.jit
+def to_end(sums, ends, direction, row, head, steps, chunk, B, E, chunks, padded, TERMS: tl.constexpr):
+    """Return the log2 decay from each step of a chunk to its end, [Q]."""
+    end, low = chunk_end(ends, direction, row, head, chunk, B, E, chunks, TERMS == 3)
+    gap = end - running(sums, direction, 0, row, head, steps, B, E, padded, TERMS)
+    if TERMS == 3:
+        gap += low - running(sums, direction, 2, row, head, steps, B, E, padded, TERMS)
+    return gap
+
+
 @triton.jit(do_not_specialize=["length", "chunks", "B"])
 def sum_decays(
     log_a,

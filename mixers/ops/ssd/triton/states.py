@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from mixers.ops.ssd.triton.decays import at_steps, chunk_end, head_rows, running, tokens_at
+from mixers.ops.ssd.triton.decays import (
+    at_steps,
+    chunk_end,
+    from_start,
+    head_rows,
+    running,
+    to_end,
+    tokens_at,
+)
 
 
 @triton.jit
@@ -28,19 +36,13 @@ def leaving(
 
     ``table`` is the sequence in direction 0 and the extent in direction 1; other segments leave nothing.
     """
-    total = running(sums, direction, 0, row, head, steps, B, E, padded, TERMS)
     if direction == 0:
         edge = at_steps(table, row, chunk * Q + Q - 1, length, 0)
-        end, end_low = chunk_end(ends, 0, row, head, chunk, B, E, chunks, TERMS == 3)
-        gap = end - total
-        if TERMS == 3:
-            gap += end_low - running(sums, 0, 2, row, head, steps, B, E, padded, TERMS)
+        gap = to_end(sums, ends, 0, row, head, steps, chunk, B, E, chunks, padded, TERMS)
         of = at_steps(table, row, steps, length, 0)
     else:
         edge = at_steps(table, row, chunk * Q, length, -1)
-        gap = total
-        if TERMS == 3:
-            gap += running(sums, 1, 2, row, head, steps, B, E, padded, TERMS)
+        gap = from_start(sums, 1, row, head, steps, B, E, padded, TERMS)
         of = at_steps(table, row, steps, length, -1)
     left = tl.exp2(tl.where(of == edge, gap, float("-inf")))
     return left, running(sums, direction, 1, row, head, steps, B, E, padded, TERMS)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mixers.ops.ssd.triton.decays import at_steps, chunk_end, running
+from mixers.ops.ssd.triton.decays import at_steps, from_start, running, to_end
 
 
 @triton.jit
@@ -66,15 +66,10 @@ def reach(
     TERMS: tl.constexpr,
 ):
     """Return what is left at each step of the state that enters the chunk, [Q]; 0 where it does not meet it."""
-    total = running(sums, direction, 0, row, head, steps, B, E, padded, TERMS)
-    gap = total
-    if TERMS == 3:
-        gap += running(sums, direction, 2, row, head, steps, B, E, padded, TERMS)
-    if direction == 1:
-        end, low = chunk_end(ends, 1, row, head, chunk, B, E, chunks, TERMS == 3)
-        gap = end - total
-        if TERMS == 3:
-            gap += low - running(sums, 1, 2, row, head, steps, B, E, padded, TERMS)
+    if direction == 0:
+        gap = from_start(sums, 0, row, head, steps, B, E, padded, TERMS)
+    else:
+        gap = to_end(sums, ends, 1, row, head, steps, chunk, B, E, chunks, padded, TERMS)
     return tl.exp2(tl.where(meets, gap, float("-inf")))
 
 
