@@ -127,8 +127,9 @@ def crossover(rows: Sequence[Row], value: str, op: str = "ssd") -> int | None:
 
 
 def largest_error(rows: Sequence[Row], dtype: str) -> float | None:
-    """Return the largest error of the check's rows of a dtype; None if one is no number."""
-    checks = [row for row in rows if row["table"] == "check" and row["dtype"] == dtype and not row["note"]]
+    """Return the largest error of the check's rows of a dtype; None if one failed or is no number."""
+    checks = [row for row in rows if row["table"] == "check" and row["dtype"] == dtype]
+    checks = [row for row in checks if row["right"] is not None]
     errors = [e for row in checks for e in (row["error"], row["gradient_error"]) if e is not None]
     lost = any(row["error"] is None for row in checks)
     return None if lost or not errors else max(errors)
@@ -179,10 +180,12 @@ def summed(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
     Returns:
         ``op``, ``by``, ``dtype``, ``checks``, ``wrong`` (how many failed), the largest ``error`` and
-        ``gradient_error``, and ``worst``: where the largest was.
+        ``gradient_error``, and ``worst``: where the largest was. What a backend does not take is left out.
     """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
+        if row["right"] is None:
+            continue
         key = (row["op"], row["by"], row["dtype"])
         total = found.setdefault(
             key,

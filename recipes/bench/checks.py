@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixers import TokenLayout
+from mixers import BackendError, TokenLayout
 from mixers.ops import triton_support
 from mixers.ops.dispatch import Backend
 from recipes.bench.cases import CASES, Case, Inputs, Problem, Shapes, tensors
@@ -201,8 +201,8 @@ def check_table(
 
     Returns:
         A row a check: ``op``, ``by``, ``dtype``, ``row`` (its kind), ``decay``, ``tokens``, ``error`` (of the
-        outputs), ``gradient_error``, ``worst`` (gradient) and ``right``, and ``note`` where it could not run.
-        An error that is not a number is None.
+        outputs), ``gradient_error``, ``worst`` (gradient) and ``right``, and ``note`` where it failed. An error
+        that is not a number is None; so is ``right`` where the backend does not take such arguments.
     """
     device, rows = torch.device(device), []
     for name in names:
@@ -278,7 +278,8 @@ def _checked(name: str, backend: str, problem: Problem) -> dict[str, Any]:
     try:
         errors = errors_of(name, backend, problem)
     except Exception as error:
-        return {"error": None, "gradient_error": None, "worst": None, "right": False, "note": one_line(error)}
+        right = None if isinstance(error, BackendError) else False
+        return {"error": None, "gradient_error": None, "worst": None, "right": right, "note": one_line(error)}
     return {
         "error": _number(errors.value),
         "gradient_error": _number(errors.gradient),

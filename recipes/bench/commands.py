@@ -236,7 +236,7 @@ def check(
             )
             _write(ctx, rows, None, json, add)  # as for the speeds
     _print(f"errors at shapes {shapes}", rows)
-    if wrong := [row for row in rows if not row["right"]]:
+    if wrong := [row for row in rows if row["right"] is False]:
         err.print(f"[bold red]{len(wrong)} of {len(rows)} checks failed[/]")
         raise typer.Exit(1)
 

@@ -35,14 +35,15 @@ KINDS = {
 class Compiler:
     """Stands in for a launch: compiles the kernel for a chip, once for each set of arguments."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
+    def __init__(self, capability: int, room: int) -> None:
+        self.capability, self.room = capability, room
         self.found: dict[str, dict[str, Any]] = {}
 
     def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
+        from triton.runtime.errors import OutOfResources
 
         names = [p.name for p in kernel.params]
         given = dict(zip(names, args)) | {k: v for k, v in kwargs.items() if k in names}
@@ -63,6 +64,8 @@ class Compiler:
         if key in self.found:
             return
         compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
+        if compiled.metadata.shared > self.room:  # as the launch would
+            raise OutOfResources(compiled.metadata.shared, self.room, "shared memory")
         self.found[key] = {
             "kernel": kernel.__name__,
             "sm": self.capability,
@@ -128,7 +131,7 @@ def main() -> None:
     for capability in (int(chip) for chip in asked.what if chip.isdigit()):
         limit = triton_support.SHARED_MEMORY[divmod(capability, 10)] * 1024
         triton_support.shared_memory = lambda device, limit=limit: limit  # type: ignore[assignment]
-        compiler = Compiler(capability)
+        compiler = Compiler(capability, limit)
         JITFunction.run = lambda self, *a, _c=compiler, **k: _c.launch(self, *a, **k)  # type: ignore[method-assign]
         for name, call in cases(names, asked.sample):
             before = set(compiler.found)

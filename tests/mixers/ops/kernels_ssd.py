@@ -11,17 +11,18 @@ from mixers import TokenLayout
 
 
 def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    for dtype, heads, groups, width, values, decays, denominator, both in (
-        (torch.bfloat16, 28, 4, 128, 128, 4, False, True),
-        (torch.bfloat16, 28, 4, 128, 128, 28, False, True),
-        (torch.bfloat16, 28, 4, 256, 128, 4, True, True),
-        (torch.bfloat16, 28, 4, 128, 128, 4, False, False),
-        (torch.float16, 6, 2, 64, 96, 2, True, True),
-        (torch.bfloat16, 4, 4, 16, 32, 4, False, True),
-        (torch.float32, 4, 2, 128, 64, 2, True, True),
+    for dtype, heads, groups, width, values, decays, denominator, both, packed in (
+        (torch.bfloat16, 28, 4, 128, 128, 4, False, True, False),
+        (torch.bfloat16, 28, 4, 128, 128, 28, False, True, False),
+        (torch.bfloat16, 28, 4, 256, 128, 4, True, True, True),
+        (torch.bfloat16, 28, 4, 128, 128, 4, False, False, False),
+        (torch.bfloat16, 28, 4, 128, 128, 4, True, True, False),
+        (torch.float16, 6, 2, 64, 96, 2, True, True, False),
+        (torch.bfloat16, 4, 4, 16, 32, 4, False, True, False),
+        (torch.float32, 4, 2, 128, 64, 2, True, True, False),
     ):
-        name = f"{dtype} H={heads} G={groups} K={width} P={values} E={decays}"
-        yield name, _call(dtype, heads, groups, width, values, decays, denominator, both)
+        name = f"{dtype} H={heads} G={groups} K={width} P={values} E={decays}{' packed' if packed else ''}"
+        yield name, _call(dtype, heads, groups, width, values, decays, denominator, both, packed)
 
 
 def _call(
@@ -33,12 +34,14 @@ def _call(
     decays: int,
     denominator: bool,
     both: bool,
+    packed: bool,
 ) -> Callable[[], Any]:
     def call() -> None:
         from mixers.ops.ssd.triton.backward import scan_backward
         from mixers.ops.ssd.triton.forward import Finish, Inputs, Tables, scan_forward
 
-        layout = TokenLayout.from_grids(300, [[(8, (4, 8, 8))]])
+        sequence = torch.arange(300)[None] // 280 if packed else None
+        layout = TokenLayout.from_grids(300, [[(8, (4, 8, 8))]], sequence=sequence)
         scan = layout.scan("wht")
         shape = (1, 300)
         c = torch.zeros(*shape, heads, width, dtype=dtype)

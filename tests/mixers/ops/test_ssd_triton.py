@@ -45,16 +45,38 @@ def small_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     run = Run(32, 4, 1)
 
-    def forward_cut(width: int, values: int, *_: object) -> ForwardCut:
-        return ForwardCut(32, padded(width), padded(values), run, rows=16)
+    def forward_cuts(width: int, values: int, *_: object) -> list[ForwardCut]:
+        return [ForwardCut(32, padded(width), padded(values), run, rows=16)]
 
-    def backward_cut(width: int, values: int, *_: object) -> BackwardCut:
+    def backward_cuts(width: int, values: int, *_: object) -> list[BackwardCut]:
         k = padded(width)
-        return BackwardCut(16, k, padded(values), run, run, run, Run(k, 4, 1))
+        return [BackwardCut(16, k, padded(values), run, run, run, Run(k, 4, 1))]
 
-    monkeypatch.setattr(forward, "forward_cut", forward_cut)
-    monkeypatch.setattr(backward, "backward_cut", backward_cut)
+    monkeypatch.setattr(forward, "forward_cuts", forward_cuts)
+    monkeypatch.setattr(backward, "backward_cuts", backward_cuts)
     monkeypatch.setattr(forward, "chunks_of_segment", lambda lines, chunks: 2)
+
+
+def test_a_cut_that_does_not_fit_is_tried_once() -> None:
+    """The next one runs in its place; one that never fits says so."""
+    from triton.runtime.errors import OutOfResources
+
+    from mixers.ops.ssd.triton.launch import Cut, first_fitting
+
+    large, small = Cut(128, 64, 64), Cut(32, 64, 64)
+    tried = []
+
+    def run(cut: Cut) -> int:
+        tried.append(cut)
+        if cut == large:
+            raise OutOfResources(2, 1, "shared memory")
+        return cut.chunk
+
+    for what in ("one kind", "one kind", "another kind"):
+        assert first_fitting([large, small], what, run) == 32
+    assert tried == [large, small, small, large, small]
+    with pytest.raises(OutOfResources):
+        first_fitting([large], "one kind", run)
 
 
 def draw(

@@ -123,10 +123,12 @@ def test_linearity_is_from_16k_to_a_million() -> None:
 def test_the_largest_error_counts_gradients_and_is_unknown_where_one_is_no_number() -> None:
     rows = [checked("ssd", "float32", 1e-6, 3e-6), checked("windows", "float32", 2e-6)]
     rows.append(checked("ssd", "bfloat16", None, right=False))
-    refused = checked("ssd", "float32", None, note="unsupported", right=False)
+    refused = checked("ssd", "float32", None, note="unsupported", right=None)
+    crashed = checked("ssd", "float32", None, note="out of memory", right=False)
     assert largest_error([*rows, refused], "float32") == 3e-6
+    assert largest_error([*rows, crashed], "float32") is None
     assert largest_error(rows, "bfloat16") is None
-    (first, second, third) = summed(rows)
+    (first, second, third) = summed([*rows, refused])
     assert (first["op"], first["checks"], first["wrong"], first["gradient_error"]) == ("ssd", 1, 0, 3e-6)
     assert first["worst"] == "text, usual decay, 8 tokens"
     assert (second["error"], second["gradient_error"]) == (2e-6, None)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mixers import BackendError
 from recipes.bench.cases import CASES, SHAPES, Inputs, Problem, tensors
 from recipes.bench.checks import (
     TOLERANCE,
@@ -92,6 +93,21 @@ def test_the_table_holds_what_is_wrong_and_what_raises(monkeypatch: pytest.Monke
     assert not any(row["right"] for row in rows)
     assert {row["note"] for row in rows} == {None, "ValueError: no batches"}
     assert {row["error"] for row in rows} == {None}
+
+
+def test_what_a_backend_does_not_take_is_neither_right_nor_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = CASES["short_conv"].op
+    reference = op.backends["reference"]
+
+    def picky(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if x.shape[0] == 2:
+            raise BackendError("it takes one row")
+        return reference.run(x, *args, **kwargs)
+
+    monkeypatch.setitem(op.backends, "picky", dataclasses.replace(reference, name="picky", run=picky))
+    rows = check_table(["short_conv"], SMALL, (100,), backends=["picky"])
+    assert {(row["row"], row["right"]) for row in rows if row["note"]} == {("padded", None)}
+    assert all(row["right"] for row in rows if not row["note"])
 
 
 def test_outputs_at_padding_do_not_count() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,16 @@ from torch import Tensor
 from mixers.ops import triton_support
 from mixers.ops.ssd.chunks import DENOMINATOR_FLOOR
 from mixers.ops.ssd.triton.decays import sum_decays
-from mixers.ops.ssd.triton.launch import NARROWEST, Cut, chunks_of_segment, dots, forward_cut, state_tile
+from mixers.ops.ssd.triton.launch import (
+    NARROWEST,
+    Cut,
+    ForwardCut,
+    chunks_of_segment,
+    dots,
+    first_fitting,
+    forward_cuts,
+    state_tile,
+)
 from mixers.ops.ssd.triton.outputs import mix_chunks, mix_rows
 from mixers.ops.ssd.triton.states import carry_states, segment_states
 from mixers.ops.strides import rows
@@ -62,6 +72,13 @@ class Inputs:
     def heads(self) -> int:
         """Decays and states E."""
         return self.decays[0].shape[2]
+
+    @property
+    def kind(self) -> Hashable:
+        """What decides how kernels of these inputs are compiled, with how they are cut."""
+        given = tuple(value is not None for value in vars(self.tables).values())
+        sizes = (*self.c.shape[2:], *self.x.shape[2:], self.heads)
+        return self.x.device, self.x.dtype, sizes, self.both, self.denominator, given
 
     @property
     def terms(self) -> int:
@@ -246,63 +263,73 @@ def scan_forward(
     inputs: Inputs, first: Tensor | None, finish: Finish | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [B, N, H, P], the last state [B, E, K, P (+1)] in fp32, and the denominators [B, N, H] or empty."""
+    (heads, width), values, x = inputs.c.shape[2:], inputs.x.shape[-1], inputs.x
+    finish = finish or Finish()
+    with triton_support.on_device(x):
+        return first_fitting(
+            forward_cuts(width, values, heads // inputs.heads, inputs.both, x.dtype, x.device),
+            (inputs.kind, finish.skip is None, finish.norm_weight is None),
+            lambda cut: _scan_forward(inputs, first, finish, cut),
+        )
+
+
+def _scan_forward(
+    inputs: Inputs, first: Tensor | None, finish: Finish, cut: ForwardCut
+) -> tuple[Tensor, Tensor, Tensor]:
     c, b, x, tables = inputs.c, inputs.b, inputs.x, inputs.tables
     batch, length, heads, width = c.shape
     groups, values = x.shape[2:]
-    with triton_support.on_device(c):
-        cut = forward_cut(width, values, heads // inputs.heads, inputs.both, x.dtype, x.device)
-        sums = sum_all_decays(inputs, cut.chunk)
-        states = entering_states(inputs, sums, cut, first)
-        y = x.new_empty(batch, length, heads, values)
-        denominators = x.new_empty((batch, length, heads) if inputs.denominator else 0, dtype=torch.float32)
-        finish = finish or Finish()
-        mix, programs, tiles = mix_chunks, sums.chunks * inputs.heads, {"PADDED_K": cut.k}
-        if cut.rows:
-            mix, programs = mix_rows, sums.chunks * heads * (cut.chunk // cut.rows)
-            block = cut.mix.block
-            tiles = {
-                "ROWS": cut.rows,
-                "BLOCK_K": block,
-                "TILES_K": cut.k // block,
-                "BLOCK_S": min(block, NARROWEST),
-            }
-        mix[(batch * programs,)](
-            c,
-            b,
-            x,
-            y,
-            denominators,
-            None if finish.skip is None else finish.skip.contiguous(),
-            None if finish.norm_weight is None else finish.norm_weight.contiguous(),
-            states.values,
-            states.ones,
-            sums.values,
-            sums.ends,
-            tables.order,
-            tables.sequence,
-            tables.extent,
-            tables.vision,
-            length,
-            sums.chunks,
-            batch,
-            *c.stride()[:3],
-            *b.stride()[:3],
-            *x.stride()[:3],
-            DENOMINATOR_FLOOR,
-            finish.norm_eps,
-            H=heads,
-            G=groups,
-            E=inputs.heads,
-            K=width,
-            P=values,
-            Q=cut.chunk,
-            BLOCK_P=cut.p,
-            BOTH=inputs.both,
-            DENOMINATOR=inputs.denominator,
-            TERMS=inputs.terms,
-            STAGES=cut.mix.stages,
-            num_warps=cut.mix.warps,
-            **tiles,
-            **dots(x),
-        )
+    sums = sum_all_decays(inputs, cut.chunk)
+    states = entering_states(inputs, sums, cut, first)
+    y = x.new_empty(batch, length, heads, values)
+    denominators = x.new_empty((batch, length, heads) if inputs.denominator else 0, dtype=torch.float32)
+    mix, programs, tiles = mix_chunks, sums.chunks * inputs.heads, {"PADDED_K": cut.k}
+    if cut.rows:
+        mix, programs = mix_rows, sums.chunks * heads * (cut.chunk // cut.rows)
+        block = cut.mix.block
+        tiles = {
+            "ROWS": cut.rows,
+            "BLOCK_K": block,
+            "TILES_K": cut.k // block,
+            "BLOCK_S": min(block, NARROWEST),
+        }
+    mix[(batch * programs,)](
+        c,
+        b,
+        x,
+        y,
+        denominators,
+        None if finish.skip is None else finish.skip.contiguous(),
+        None if finish.norm_weight is None else finish.norm_weight.contiguous(),
+        states.values,
+        states.ones,
+        sums.values,
+        sums.ends,
+        tables.order,
+        tables.sequence,
+        tables.extent,
+        tables.vision,
+        length,
+        sums.chunks,
+        batch,
+        *c.stride()[:3],
+        *b.stride()[:3],
+        *x.stride()[:3],
+        DENOMINATOR_FLOOR,
+        finish.norm_eps,
+        H=heads,
+        G=groups,
+        E=inputs.heads,
+        K=width,
+        P=values,
+        Q=cut.chunk,
+        BLOCK_P=cut.p,
+        BOTH=inputs.both,
+        DENOMINATOR=inputs.denominator,
+        TERMS=inputs.terms,
+        STAGES=cut.mix.stages,
+        num_warps=cut.mix.warps,
+        **tiles,
+        **dots(x),
+    )
     return y, states.last, denominators

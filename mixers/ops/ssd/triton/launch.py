@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from mixers.ops import triton_support
+
+AnyCut = TypeVar("AnyCut", bound="Cut")
+Result = TypeVar("Result")
 
 NARROWEST = 64
 """Narrower tiles gave wrong gradients of C on an H100 with Triton 3.6, in 16 bits only."""
@@ -83,35 +89,36 @@ def padded(width: int) -> int:
     return max(NARROWEST, triton.next_power_of_2(width))
 
 
-def forward_cut(
+def forward_cuts(
     width: int, values: int, sharing: int, both: bool, dtype: torch.dtype, device: torch.device
-) -> ForwardCut:
-    """Choose how the forward pass is cut for K = ``width``, P = ``values``, ``sharing`` heads a state, and one
-    direction or both."""
+) -> list[ForwardCut]:
+    """List how the forward pass can be cut for K = ``width``, P = ``values``, ``sharing`` heads a state, and one
+    direction or both: the fastest first, the smallest last. The sums here are the least that a kernel takes."""
     k, p, room = padded(width), padded(values), triton_support.shared_memory(device)
     if dtype == torch.float32:
-        return ForwardCut(32, k, p, Run(min(k, 32), 4, 1), rows=32)
+        return [ForwardCut(32, k, p, Run(min(k, 32), 4, 1), rows=32)]
+    cuts = []
     if sharing > 1:
-        for chunk, warps, stages in ((128, 8, 3) if both else (64, 4, 3), (64, 4, 2)):
+        for chunk, warps, stages in (((128, 8, 3), (128, 8, 2)) if both else ((64, 4, 3),)) + ((64, 4, 2),):
             fixed = chunk * p + chunk * k + 2 * k * p + 16 * k
             if dtype.itemsize * (fixed + max(1, stages - 1) * chunk * k) <= room:
-                return ForwardCut(chunk, k, p, Run(k, warps, stages))
+                cuts.append(ForwardCut(chunk, k, p, Run(k, warps, stages)))
     for block, stages in ((min(k, 128), 3), (min(k, 64), 3), (min(k, 64), 2)):
         if dtype.itemsize * 64 * (block + (stages - 1) * (block + p)) <= room:
-            break
-    return ForwardCut(128, k, p, Run(block, 4, stages), rows=64)
+            cuts.append(ForwardCut(128, k, p, Run(block, 4, stages), rows=64))
+    return cuts or [ForwardCut(128, k, p, Run(min(k, 64), 4, 1), rows=64)]
 
 
-def backward_cut(width: int, values: int, dtype: torch.dtype, device: torch.device) -> BackwardCut:
-    """Choose how the backward pass is cut for K = ``width`` and P = ``values``."""
+def backward_cuts(width: int, values: int, dtype: torch.dtype, device: torch.device) -> list[BackwardCut]:
+    """List how the backward pass can be cut for K = ``width`` and P = ``values``, the fastest first."""
     k, p, room = padded(width), padded(values), triton_support.shared_memory(device)
     if dtype == torch.float32:
         run, wide = Run(min(k, 32), 4, 1), Run(min(k, 32), 8, 1)
-        return BackwardCut(32, k, p, queries=run, states=run, through=wide, inputs=Run(k, 8, 1))
+        return [BackwardCut(32, k, p, queries=run, states=run, through=wide, inputs=Run(k, 8, 1))]
     large = room >= 200 * 1024
     tile = dtype.itemsize * 64 * (k + p)
     stages = max(s for s in (1, 2, 3) if s == 1 or s * tile * 1.25 <= room)
-    return BackwardCut(
+    best = BackwardCut(
         64,
         k,
         p,
@@ -120,6 +127,37 @@ def backward_cut(width: int, values: int, dtype: torch.dtype, device: torch.devi
         through=Run(min(k, 64 if large else 32), 8, 1),
         inputs=Run(k, 8, stages),
     )
+    small = replace(
+        best,
+        queries=Run(32, 4, 1),
+        states=Run(min(k, 64), 8, 1),
+        through=Run(32, 8, 1),
+        inputs=Run(k, 8, 1),
+    )
+    return [best, small]
+
+
+def first_fitting(cuts: Sequence[AnyCut], what: Hashable, run: Callable[[AnyCut], Result]) -> Result:
+    """Run with the first cut whose kernels get the shared memory they ask for, which only the compiler knows.
+
+    Args:
+        cuts: The one to prefer first.
+        what: What else decides how the kernels are compiled; a cut that did not fit is not tried again for it.
+        run: Launches the kernels of a cut.
+
+    Raises:
+        OutOfResources: Not even the last fits.
+    """
+    for cut in cuts[:-1]:
+        if (what, cut) not in _too_large:
+            try:
+                return run(cut)
+            except OutOfResources:
+                _too_large.add((what, cut))
+    return run(cuts[-1])
+
+
+_too_large: set[Hashable] = set()
 
 
 def state_tile(width: int, values: int, dtype: torch.dtype) -> tuple[int, int, int]:
