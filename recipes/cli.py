@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recipes.bench.commands import bench
+from recipes.data_commands import data
 from recipes.terminal import (
     EXIT_CODES,
     Commands,
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog=EXIT_CODES,
 )
+app.add_typer(data, name="data", rich_help_panel=CONVERT)
 app.add_typer(bench, name="bench", rich_help_panel=MEASURE)
 
 PROCESSOR_FILES = (
@@ -306,15 +308,18 @@ def evaluate(
         "questions": found.questions,
         "seconds": round(found.seconds, 2),
     }
+    rows = found.rows()
     if likelihood:
         with progress(f"{task}: perplexity") as report:
-            figures["perplexity"] = perplexity(
-                judged.model, questions, limit=limit, progress=report
-            ).perplexity
-    out.print(table(found.rows()))
+            likely = perplexity(judged.model, questions, limit=limit, progress=report)
+        figures["perplexity"] = likely.perplexity
+        for row in rows:
+            if (group := likely.groups.get(row["group"])) is not None:
+                row["perplexity"] = group.perplexity
+    out.print(table(rows))
     out.print(table([figures], title=f"{model} on {task}"))
     if json is not None:
-        Results(command_line(ctx), figures, found.rows()).write(json)
+        Results(command_line(ctx), figures, rows).write(json)
     if plot is not None:
         from recipes import plots
 

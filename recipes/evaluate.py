@@ -62,6 +62,19 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class PerplexityGroup:
+    """The part of a perplexity with one category.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood of its tokens.
+        tokens: Labelled tokens of it.
+    """
+
+    perplexity: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Perplexity:
     """How likely a model finds the labelled tokens of a task.
 
@@ -73,12 +86,20 @@ class Perplexity:
         perplexity: exp of the mean negative log-likelihood of a token.
         tokens: Labelled tokens that it is the mean over.
         seconds: Wall-clock time.
+        groups: Perplexity by the item's ``"category"``; empty if it has none.
     """
 
     task: str
     perplexity: float
     tokens: int
     seconds: float
+    groups: dict[str, PerplexityGroup] = field(default_factory=dict)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a group, in the order of the items."""
+        return [
+            {"group": name, "perplexity": g.perplexity, "tokens": g.tokens} for name, g in self.groups.items()
+        ]
 
 
 def evaluate(
@@ -139,7 +160,7 @@ def perplexity(
 
     Args:
         model: Any model whose forward takes labels and returns their mean loss.
-        task: Its ``collate`` makes the batches.
+        task: Its ``collate`` makes the batches, each of one category.
         limit: Use so many items, spread evenly over the split. None: all.
         batch_size: Items a batch.
         progress: Told after each batch.
@@ -149,20 +170,30 @@ def perplexity(
     """
     items = _spread(task.test, limit, task.name)
     start = time.perf_counter()
-    total, tokens, done = 0.0, 0, 0
+    by_group: dict[str | None, list[Item]] = {}
+    for item in items:
+        by_group.setdefault(item.get("category"), []).append(item)
+    losses, tokens, done = dict.fromkeys(by_group, 0.0), dict.fromkeys(by_group, 0), 0
     with _judged(model):
-        for chunk in _batches(items, batch_size):
-            batch = _to(task.collate(chunk), model.device)
-            labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
-            if labelled:
-                total += float(model(**batch, use_cache=False).loss) * labelled
-            tokens += labelled
-            done += len(chunk)
-            if progress is not None:
-                progress(done, len(items))
-    if not tokens or not math.isfinite(total):
-        raise EvaluationError(f"{task.name}: the loss of {tokens} labelled tokens is {total}; no perplexity.")
-    return Perplexity(task.name, math.exp(total / tokens), tokens, time.perf_counter() - start)
+        for name, members in by_group.items():
+            for chunk in _batches(members, batch_size):
+                batch = _to(task.collate(chunk), model.device)
+                labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
+                if labelled:
+                    losses[name] += float(model(**batch, use_cache=False).loss) * labelled
+                tokens[name] += labelled
+                done += len(chunk)
+                if progress is not None:
+                    progress(done, len(items))
+    total, labels = sum(losses.values()), sum(tokens.values())
+    if not labels or not math.isfinite(total):
+        raise EvaluationError(f"{task.name}: the loss of {labels} labelled tokens is {total}; no perplexity.")
+    groups = {
+        name: PerplexityGroup(math.exp(losses[name] / tokens[name]), tokens[name])
+        for name in by_group
+        if name is not None and tokens[name]
+    }
+    return Perplexity(task.name, math.exp(total / labels), labels, time.perf_counter() - start, groups)
 
 
 def _spread(items: Sequence[Item], limit: int | None, name: str) -> list[Item]:

@@ -18,7 +18,13 @@ import mixers
 import recipes
 from tests.docs.pages import ROOT
 
-COMMAND_LINE = {"recipes.cli", "recipes.terminal", "recipes.progress", "recipes.bench.commands"}
+COMMAND_LINE = {
+    "recipes.cli",
+    "recipes.terminal",
+    "recipes.progress",
+    "recipes.bench.commands",
+    "recipes.data_commands",
+}
 """These make the command, whose help is a page of its own."""
 
 

@@ -28,6 +28,8 @@ COMMANDS = [
     ["evaluate"],
     ["explain"],
     ["doctor"],
+    ["data"],
+    ["data", "fetch"],
     ["bench"],
     ["bench", "prefill"],
     ["bench", "decode"],

@@ -101,6 +101,22 @@ def test_perplexity_is_over_all_tokens_alike_whatever_the_batches() -> None:
         assert math.isclose(found.perplexity, float(expected), rel_tol=1e-5)
 
 
+def test_perplexity_is_given_for_each_category_too() -> None:
+    model, task = MODELS["llama"](), Riddles(images=False)
+    task.test = [{**item, "category": "even" if i % 2 == 0 else "odd"} for i, item in enumerate(task.train)]
+    found = perplexity(model, task, batch_size=3)
+    for name, group in found.groups.items():
+        alone = Riddles(images=False)
+        alone.test = [item for item in task.test if item["category"] == name]
+        expected = perplexity(model, alone)
+        assert group.tokens == expected.tokens
+        assert math.isclose(group.perplexity, expected.perplexity, rel_tol=1e-5)
+    assert [row["group"] for row in found.rows()] == ["even", "odd"]
+    total = sum(math.log(group.perplexity) * group.tokens for group in found.groups.values())
+    assert math.isclose(found.perplexity, math.exp(total / found.tokens), rel_tol=1e-6)
+    assert perplexity(model, Riddles(images=False)).groups == {}
+
+
 def test_a_loss_that_is_no_number_is_an_error() -> None:
     model = MODELS["llama"]()
     model.lm_head.weight.data.fill_(float("nan"))
