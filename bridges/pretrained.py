@@ -376,19 +376,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     if fields.get("base_model_type") not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{path / 'config.json'} names the base_model_type {fields.get('base_model_type')!r}, unknown to "
-            "transformers."
+            "transformers; if a package of its own registers it, import that first."
         )
     return fields
 
 
 def _architecture(path: Path, fields: dict[str, Any]) -> Any:
     name = (fields.get("architectures") or [None])[0]
-    base = getattr(transformers, str(name), None)
-    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
-        raise CheckpointError(
-            f"{path / 'config.json'} names the architecture {name!r}, unknown to transformers."
-        )
-    return base
+    served = [
+        auto._model_mapping.get(CONFIG_MAPPING[fields["base_model_type"]], ()) for auto in _AUTO_CLASSES
+    ]
+    registered = [base for some in served for base in (some if isinstance(some, tuple) else (some,))]
+    for base in (getattr(transformers, str(name), None), *registered):
+        if isinstance(base, type) and issubclass(base, PreTrainedModel) and base.__name__ == name:
+            return base
+    raise CheckpointError(f"{path / 'config.json'} names the architecture {name!r}, unknown to transformers.")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def _run_stage(
     selection = select(stage, student)
     changed = _changed(student, selection) | set(() if before is None else read_tensors(before))
     set_seed(seed)
-    model = _adapt(student, stage.lora, selection)
+    model = adapt(student, stage.lora, selection)
     if stage.gradient_checkpointing:
         enable = (
             getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -148,7 +148,7 @@ def _run_stage(
         folder.path,
         seed=seed,
         workers=run.recipe.data.workers,
-        bf16=_bf16(teacher.model),
+        bf16=in_bf16(teacher.model),
         quiet=bool(callbacks),
     )
     trainer = DistillTrainer(
@@ -177,7 +177,7 @@ def _changed(student: nn.Module, selection: Selection) -> set[str]:
     return {name for name, p in student.named_parameters() if id(p) in adapted | trained | mixers}
 
 
-def _adapt(student: PreTrainedModel, lora: LoRA | None, selection: Selection) -> PreTrainedModel | PeftModel:
+def adapt(student: PreTrainedModel, lora: LoRA | None, selection: Selection) -> PreTrainedModel | PeftModel:
     """Freeze all but what is selected, which becomes fp32, and add the adapters."""
     trained = list(selection.trained.values())
     student.requires_grad_(False)
@@ -211,6 +211,7 @@ def _rows(stage: Stage, folder: StageFolder, teacher: Teacher, task: Task, seed:
     return Rows(task.train, answers, own=stage.losses.task is not None)
 
 
-def _bf16(model: PreTrainedModel) -> bool:
+def in_bf16(model: PreTrainedModel) -> bool:
+    """Return whether a model is trained in bf16: on a GPU that can, or where its weights are."""
     on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return on_gpu or model.dtype == torch.bfloat16

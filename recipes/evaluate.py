@@ -122,12 +122,12 @@ def evaluate(
     Raises:
         EvaluationError: The split is empty or ``limit`` is not positive.
     """
-    items = _spread(task.test, limit, task.name)
+    items = spread(task.test, limit, task.name)
     start = time.perf_counter()
     scores: list[float] = []
-    with _judged(model):
-        for chunk in _batches(items, batch_size):
-            inputs = _to(task.prompts(chunk), model.device)
+    with judged(model):
+        for chunk in batches(items, batch_size):
+            inputs = to_device(task.prompts(chunk), model.device)
             outputs = model.generate(  # type: ignore[operator]
                 **inputs, max_new_tokens=task.max_new_tokens, do_sample=False, num_beams=1
             )
@@ -168,16 +168,16 @@ def perplexity(
     Raises:
         EvaluationError: The split is empty, has no labelled token, or the loss is not a number.
     """
-    items = _spread(task.test, limit, task.name)
+    items = spread(task.test, limit, task.name)
     start = time.perf_counter()
     by_group: dict[str | None, list[Item]] = {}
     for item in items:
         by_group.setdefault(item.get("category"), []).append(item)
     losses, tokens, done = dict.fromkeys(by_group, 0.0), dict.fromkeys(by_group, 0), 0
-    with _judged(model):
+    with judged(model):
         for name, members in by_group.items():
-            for chunk in _batches(members, batch_size):
-                batch = _to(task.collate(chunk), model.device)
+            for chunk in batches(members, batch_size):
+                batch = to_device(task.collate(chunk), model.device)
                 labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
                 if labelled:
                     losses[name] += float(model(**batch, use_cache=False).loss) * labelled
@@ -196,7 +196,7 @@ def perplexity(
     return Perplexity(task.name, math.exp(total / labels), labels, time.perf_counter() - start, groups)
 
 
-def _spread(items: Sequence[Item], limit: int | None, name: str) -> list[Item]:
+def spread(items: Sequence[Item], limit: int | None, name: str) -> list[Item]:
     """Every k-th item, so that a part of a sorted split stands for the whole."""
     count = len(items) if limit is None else min(limit, len(items))
     if count < 1:
@@ -206,12 +206,13 @@ def _spread(items: Sequence[Item], limit: int | None, name: str) -> list[Item]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Cut items into batches."""
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
 @contextlib.contextmanager
-def _judged(model: PreTrainedModel) -> Iterator[None]:
+def judged(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode and no gradients inside the block."""
     training = model.training
     model.eval()
@@ -222,7 +223,8 @@ def _judged(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _to(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Move a batch."""
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

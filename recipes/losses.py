@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from recipes.data.task import IGNORED
 from recipes.errors import LossError
 
-Head = Callable[[Tensor], Tensor]
-"""Last hidden states [M, D] → logits [M, V]."""
-
-CHUNK = 512
-"""Tokens whose full-vocabulary logits exist at a time, where nothing else is said."""
+LOGITS = 2**27
+"""Numbers of logits that exist at a time, where no chunk is given: 512 MiB in fp32."""
 
 
 def hidden_state_loss(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
@@ -40,53 +37,61 @@ def hidden_state_loss(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor
 
 
 def token_kd(
-    student_head: Head,
-    teacher_head: Head,
+    student_head: nn.Module,
+    teacher_head: nn.Module,
     student: Tensor,
     teacher: Tensor,
     *,
     temperature: float = 1.0,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     count: Tensor | int | None = None,
 ) -> Tensor:
     """Token-level distillation (Hinton et al., arXiv 1503.02531): T²·KL(softmax(t/T) ‖ softmax(s/T)).
 
-    Logits are made for ``chunk`` tokens at a time and made again in the backward pass, so no
-    full-vocabulary tensor of more than ``chunk`` rows is ever alive.
+    Logits are made once, for ``chunk`` tokens at a time, and the gradients with them, so no full-vocabulary
+    tensor of more than ``chunk`` rows is ever alive.
 
     Args:
-        student_head: Student's last hidden states to logits.
+        student_head: Student's last hidden states [M, D] to logits [M, V]; its parameters get gradients too.
         teacher_head: The teacher's; no gradient goes through it.
         student: Last hidden states [M, D] of the tokens to learn from.
         teacher: The teacher's [M, D'].
         temperature: T.
-        chunk: Tokens at a time.
+        chunk: Tokens at a time. Default: as many as make :data:`LOGITS`.
         count: What the sum over tokens is divided by. Default: M.
 
     Returns:
         fp32 scalar; 0 if there is no token.
     """
 
+    def log_softmax(logits: Tensor) -> Tensor:
+        scaled = logits.float() if temperature == 1 else logits.float() / temperature
+        return F.log_softmax(scaled, dim=-1)
+
     def divergence(s: Tensor, t: Tensor) -> Tensor:
         with torch.no_grad():
-            target = F.log_softmax(teacher_head(t).float() / temperature, dim=-1)
-        log_q = F.log_softmax(student_head(s).float() / temperature, dim=-1)
-        return F.kl_div(log_q, target, reduction="sum", log_target=True)
+            target = log_softmax(teacher_head(t))
+        return F.kl_div(log_softmax(student_head(s)), target, reduction="sum", log_target=True)
 
-    total = _chunked(divergence, student, teacher, chunk)
+    total = _chunked(divergence, student_head, student, teacher, chunk)
     return temperature**2 * total / _divisor(count, len(student))
 
 
 def cross_entropy(
-    head: Head, hidden: Tensor, labels: Tensor, *, chunk: int = CHUNK, count: Tensor | int | None = None
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    chunk: int | None = None,
+    count: Tensor | int | None = None,
 ) -> Tensor:
     """Cross-entropy of labels under the student, with logits made in chunks as in :func:`token_kd`.
 
     Args:
-        head: Last hidden states to logits.
+        head: Last hidden states to logits; its parameters get gradients too.
         hidden: [M, D], at the tokens before the labelled ones.
         labels: int [M].
-        chunk: Tokens at a time.
+        chunk: Tokens at a time. Default: as many as make :data:`LOGITS`.
         count: What the sum over tokens is divided by. Default: M.
 
     Returns:
@@ -96,16 +101,53 @@ def cross_entropy(
     def surprise(h: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(head(h).float(), y, reduction="sum")
 
-    return _chunked(surprise, hidden, labels, chunk) / _divisor(count, len(hidden))
+    return _chunked(surprise, head, hidden, labels, chunk) / _divisor(count, len(hidden))
 
 
-def _chunked(loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, other: Tensor, chunk: int) -> Tensor:
-    # The empty sum keeps the graph, so a batch without tokens has a zero gradient rather than none.
-    total = hidden[:0].float().sum()
-    for h, o in zip(hidden.split(chunk), other.split(chunk)):
-        if len(h):
-            total = total + checkpoint(loss, h, o, use_reentrant=False, preserve_rng_state=False)
-    return total
+def _chunked(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    head: nn.Module,
+    hidden: Tensor,
+    other: Tensor,
+    chunk: int | None,
+) -> Tensor:
+    if chunk is None:
+        with torch.no_grad():
+            chunk = max(LOGITS // head(hidden[:1].detach()).shape[-1], 1) if len(hidden) else 1
+    weights = [p for p in head.parameters() if p.requires_grad]
+    return _WithGradients.apply(loss, chunk, other, hidden, *weights)
+
+
+class _WithGradients(torch.autograd.Function):
+    """Sums a loss over chunks, and works out its gradients while the logits of a chunk are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        chunk: int,
+        other: Tensor,
+        hidden: Tensor,
+        *weights: Tensor,
+    ) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        grads = [torch.zeros_like(t) for t in (hidden, *weights)]
+        for h, o, grad in zip(hidden.split(chunk), other.split(chunk), grads[0].split(chunk)):
+            if len(h):
+                with torch.enable_grad():
+                    h = h.detach().requires_grad_()
+                    part = loss(h, o)
+                total += part.detach()
+                found = torch.autograd.grad(part, (h, *weights))
+                for held, new in zip((grad, *grads[1:]), found):
+                    held += new
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = upstream
+        return None, None, None, *(grad * scale.to(grad.dtype) for grad in ctx.saved_tensors)
 
 
 def _divisor(count: Tensor | int | None, tokens: int) -> Tensor | int:
@@ -127,34 +169,41 @@ def predicted_tokens(batch: dict[str, Tensor], tokens: str) -> Tensor:
     return F.pad(counts[:, 1:] & valid[:, :-1], (0, 1))
 
 
-def output_head(model: PreTrainedModel) -> Head:
-    """Return how a model makes logits of its last hidden states, scaling and soft-cap included.
+class OutputHead(nn.Module):
+    """How a model makes logits [.., V] of its last hidden states [.., D]: scaling and soft-cap included.
+
+    Args:
+        model: Its output embeddings are shared, not copied.
 
     Raises:
         LossError: The model has no output head.
     """
-    linear = model.get_output_embeddings()
-    if linear is None:
-        raise LossError(f"{type(model).__name__} has no output head; load it as a model for generation.")
-    config = model.config.get_text_config(decoder=True)
-    factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
 
-    def head(hidden: Tensor) -> Tensor:
-        logits = linear(hidden)
-        if factor != 1.0:
-            logits = logits * factor
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        linear = model.get_output_embeddings()
+        if linear is None:
+            raise LossError(f"{type(model).__name__} has no output head; load it as a model for generation.")
+        config = model.config.get_text_config(decoder=True)
+        scale = getattr(config, "logit_scale", None) or 1.0
+        self.linear = linear
+        self.factor = scale / (getattr(config, "logits_scaling", None) or 1.0)
+        self.cap = getattr(config, "final_logit_softcapping", None)
 
-    return head
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Make logits."""
+        logits = self.linear(hidden)
+        if self.factor != 1.0:
+            logits = logits * self.factor
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
-def check_head(model: nn.Module, head: Head, hidden: Tensor, logits: Tensor) -> None:
+def check_head(model: nn.Module, head: nn.Module, hidden: Tensor, logits: Tensor) -> None:
     """Make sure that ``head`` gives the logits that the model gave.
 
     Args:
         model: For the message.
-        head: From :func:`output_head`.
+        head: Its :class:`OutputHead`.
         hidden: Last hidden states [B, D].
         logits: The model's own [B, V] for them.
 

@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 from recipes.alignment import TRACE, Alignment, TeacherTrace, Trace
 from recipes.data.task import Batch
 from recipes.losses import (
-    Head,
+    OutputHead,
     check_head,
     cross_entropy,
-    output_head,
     predicted_tokens,
     token_kd,
     valid_tokens,
@@ -95,13 +94,13 @@ class Objective:
         self.teacher = None if hidden is None and kd is None else TeacherTrace(teacher, student, hidden)
         self.vision = SharedVision(teacher, student)
         self.token_losses: dict[str, TokenLoss] = {}
-        self._unchecked: list[tuple[PreTrainedModel, Head, bool]] = []
+        self._unchecked: list[tuple[PreTrainedModel, OutputHead, bool]] = []
         if own_stream:
-            head = output_head(student)
+            head = OutputHead(student)
             self._unchecked.append((student, head, False))
             self.token_losses |= {"task": _cross_entropy(head), "sequence_kd": _cross_entropy(head)}
             if kd is not None:
-                teacher_head = output_head(teacher)
+                teacher_head = OutputHead(teacher)
                 self._unchecked.append((teacher, teacher_head, True))
                 self.token_losses["token_kd"] = _token_kd(kd, head, teacher_head)
         self._pass: _Pass | None = None
@@ -176,7 +175,7 @@ class Objective:
         self._unchecked = []
 
 
-def _token_kd(settings: TokenKD, head: Head, teacher_head: Head) -> TokenLoss:
+def _token_kd(settings: TokenKD, head: OutputHead, teacher_head: OutputHead) -> TokenLoss:
     def measure(now: _Pass, mask: Tensor, count: Tensor | int) -> Tensor:
         return token_kd(
             head,
@@ -191,7 +190,7 @@ def _token_kd(settings: TokenKD, head: Head, teacher_head: Head) -> TokenLoss:
     return measure
 
 
-def _cross_entropy(head: Head) -> TokenLoss:
+def _cross_entropy(head: OutputHead) -> TokenLoss:
     def measure(now: _Pass, mask: Tensor, count: Tensor | int) -> Tensor:
         labels = now.batch["labels"].roll(-1, dims=1)[mask]
         return cross_entropy(head, now.hidden[mask], labels, count=count)

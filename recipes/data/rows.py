@@ -95,13 +95,16 @@ def answered(prompt: Batch, answer: Tensor) -> Batch:
 
 
 def merge(rows: Sequence[Batch], pad_id: int) -> Batch:
-    """Join batches of one row each: what has a value a token is right-padded, the rest put end to end."""
+    """Join batches of one row each: what has a value a token is right-padded, the rest put end to end.
+
+    Rows may differ in what else they have: one of an image, another of a video.
+    """
     length = max(row["input_ids"].shape[1] for row in rows)
     fill = {"input_ids": pad_id, "labels": IGNORED}
     per_token = _token_keys(rows[0])
     batch = {}
-    for key in rows[0]:
-        parts = [row[key] for row in rows]
+    for key in dict.fromkeys(key for row in rows for key in row):
+        parts = [row[key] for row in rows if key in row]
         if key in per_token:
             parts = [F.pad(part, (0, length - part.shape[1]), value=fill.get(key, 0)) for part in parts]
         batch[key] = torch.cat(parts)
@@ -154,20 +157,24 @@ def teacher_answers(
     chosen = torch.randperm(len(task.train), generator=generator)[:samples]
     if not path.exists():
         width = task.max_new_tokens
-        parts = [_generate(teacher, task, part.tolist(), width) for part in chosen.split(batch_size)]
+        answers: list[Tensor] = []
+        for part in chosen.split(batch_size):
+            prompts = task.prompts([task.train[i] for i in part.tolist()])
+            answers += greedy_answers(teacher, prompts, width)
+        padded = [F.pad(answer, (0, width - len(answer)), value=IGNORED) for answer in answers]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {"items": chosen, "answers": torch.cat(parts)})
+        write_tensors(path, {"items": chosen, "answers": torch.stack(padded)})
     stored = read_tensors(path)
     return {int(i): ids[ids != IGNORED] for i, ids in zip(stored["items"], stored["answers"])}
 
 
-def _generate(teacher: Any, task: Task, indices: list[int], width: int) -> Tensor:
-    prompts = task.prompts([task.train[i] for i in indices])
-    inputs: dict[str, Any] = {key: value.to(teacher.device) for key, value in prompts.items()}
+def greedy_answers(model: PreTrainedModel, prompts: Batch, length: int) -> list[Tensor]:
+    """Return what a model says to each left-padded prompt: ids [N], the end token included, N at most ``length``."""
+    inputs: dict[str, Any] = {key: value.to(model.device) for key, value in prompts.items()}
     with torch.no_grad():
-        ids = teacher.generate(**inputs, max_new_tokens=width, do_sample=False)
+        ids = model.generate(**inputs, max_new_tokens=length, do_sample=False, num_beams=1)  # type: ignore[operator]
     ids = ids[:, inputs["input_ids"].shape[1] :].cpu()
-    ends = teacher.generation_config.eos_token_id
+    ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
     ended = torch.isin(ids, torch.tensor([] if ends is None else ends).long()).cumsum(1)
     after_end = F.pad(ended, (1, 0))[:, :-1] > 0
-    return F.pad(ids.masked_fill(after_end, IGNORED), (0, width - ids.shape[1]), value=IGNORED)
+    return [row[~over] for row, over in zip(ids, after_end)]

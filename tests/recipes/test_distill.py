@@ -9,7 +9,7 @@ from peft import PeftModel
 
 import bridges
 from recipes.checkpoint import read_tensors
-from recipes.distill import _adapt, distill
+from recipes.distill import adapt, distill
 from recipes.errors import CheckpointError, PatternError, RunError
 from recipes.plan import LoRA, Stage
 from recipes.run import Run
@@ -104,7 +104,7 @@ def test_merged_lora_equals_unmerged(kind):
     model = MODELS[kind]()
     bridges.replace_attention(model, "mmate", text_window=4, window=(1, 2, 2), chunk_size=8)
     plan = Stage(**stage(lora={"targets": [r"layers\.\d+\.mlp\."], "rank": 2}))
-    adapted = _adapt(model, plan.lora, select(plan, model)).eval()
+    adapted = adapt(model, plan.lora, select(plan, model)).eval()
     assert isinstance(adapted, PeftModel)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -124,7 +124,7 @@ def test_what_trains_is_fp32_and_the_rest_keeps_the_teachers_type():
     model = MODELS["llama"]().to(torch.bfloat16)
     bridges.replace_attention(model, "mmate")
     plan = Stage(**stage(lora=LoRA(targets=["up_proj"]).model_dump()))
-    adapted = _adapt(model, plan.lora, select(plan, model))
+    adapted = adapt(model, plan.lora, select(plan, model))
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32, name

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bridges
-from recipes.distill import _adapt
+from recipes.distill import adapt
 from recipes.errors import BranchError, LossError, PatternError
 from recipes.explain import meta_copy
 from recipes.selection import activate, select
@@ -22,7 +22,7 @@ def test_counts_are_what_actually_trains(kind):
         bridges.replace_attention(student, plan.student.mixer, **plan.student.config)
         total = sum(p.numel() for p in student.parameters())
         trained = [
-            p for p in _adapt(student, entry.lora, select(entry, student)).parameters() if p.requires_grad
+            p for p in adapt(student, entry.lora, select(entry, student)).parameters() if p.requires_grad
         ]
         assert told.trained_tensors == len(trained)
         assert told.trained_parameters == sum(p.numel() for p in trained)

@@ -17,11 +17,17 @@ def narrow_smollm2():
     return llama(num_hidden_layers=30, tie_word_embeddings=True)
 
 
-SMALL = {"tiny-vlm": qwen, "Qwen/Qwen2.5-VL-7B-Instruct": qwen, "smollm2-135m": narrow_smollm2}
+SMALL = {
+    "tiny-vlm": qwen,
+    "vlm-mini": qwen,
+    "Qwen/Qwen2.5-VL-7B-Instruct": qwen,
+    "smollm2-135m": narrow_smollm2,
+}
 """Teacher of a recipe → a small random model of its class."""
 
 LINMU = {
     "linmu-paper": {"hidden_states", "token_kd", "sequence_kd", "task"},
+    "linmu-vlm-mini": {"hidden_states", "token_kd", "sequence_kd", "task"},
     "linmu-tiny-vlm": {"hidden_states", "token_kd", "sequence_kd", "task"},
     "linmu-smollm2-135m-quick": {"hidden_states", "token_kd", "sequence_kd", "task"},
     "linmu-smollm2-135m": {"hidden_states", "token_kd"},

@@ -8,10 +8,10 @@ from torch.utils._pytree import tree_iter
 
 from recipes.errors import LossError
 from recipes.losses import (
+    OutputHead,
     check_head,
     cross_entropy,
     hidden_state_loss,
-    output_head,
     predicted_tokens,
     token_kd,
     valid_tokens,
@@ -38,9 +38,10 @@ class LargestTensor(TorchDispatchMode):
 
 def heads(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(2, VOCABULARY, DIM, generator=generator, dtype=dtype)
-    student = weights[0].clone().requires_grad_()
-    return student, (lambda h: h @ student.T), (lambda h: h @ weights[1].T)
+    student, teacher = (torch.nn.Linear(DIM, VOCABULARY, bias=False, dtype=dtype) for _ in range(2))
+    for head in (student, teacher):
+        torch.nn.init.normal_(head.weight, generator=generator)
+    return student.weight, student, teacher.requires_grad_(False)
 
 
 def hidden(tokens, seed=1, dtype=torch.float64):
@@ -177,12 +178,12 @@ def test_output_head_scales_and_caps_as_the_config_says(config):
     logits = model.lm_head(h) / config.get("logits_scaling", 1.0)
     if cap := config.get("final_logit_softcapping"):
         logits = cap * (logits / cap).tanh()
-    torch.testing.assert_close(output_head(model)(h), logits)
+    torch.testing.assert_close(OutputHead(model)(h), logits)
 
 
 def test_a_head_that_is_not_the_models_is_refused():
     model = llama()
     h = torch.randn(3, 32)
-    check_head(model, output_head(model), h, model.lm_head(h))
+    check_head(model, OutputHead(model), h, model.lm_head(h))
     with pytest.raises(LossError, match="LlamaForCausalLM"):
-        check_head(model, output_head(model), h, 2 * model.lm_head(h))
+        check_head(model, OutputHead(model), h, 2 * model.lm_head(h))

@@ -13,7 +13,7 @@ import bridges
 import recipes.trainer
 from recipes.checkpoint import read_tensors, verify
 from recipes.data.rows import Collator, Rows
-from recipes.distill import _adapt
+from recipes.distill import adapt
 from recipes.errors import CheckpointError, LaunchError, NonFiniteLossError
 from recipes.plan import Stage
 from recipes.selection import activate, select
@@ -28,7 +28,7 @@ def trainer(folder, kind="llama", callbacks=QUIET, **fields):
     torch.manual_seed(0)
     bridges.replace_attention(student, "mmate", text_window=4, window=(1, 2, 2), chunk_size=8)
     activate(student, plan.active)
-    model = _adapt(student, plan.lora, select(plan, student))
+    model = adapt(student, plan.lora, select(plan, student))
     task = Riddles(images=kind == "qwen")
     return DistillTrainer(
         model,

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
 
-from recipes.data.easyvqa import EasyVQA, Patcher
+from recipes.data.easyvqa import EasyVQA
+from recipes.data.patches import Patcher
 from recipes.data.task import (
     IGNORED,
     DatasetNotInstalled,

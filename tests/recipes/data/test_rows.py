@@ -12,6 +12,14 @@ from recipes.objective import FROM_TEACHER
 from tests.recipes.toys import MODELS, Riddles
 
 
+def test_rows_of_an_image_and_of_a_video_merge():
+    image = {"input_ids": torch.ones(1, 3, dtype=torch.long), "pixel_values": torch.ones(4, 2)}
+    video = {"input_ids": torch.ones(1, 5, dtype=torch.long), "pixel_values_videos": torch.zeros(6, 2)}
+    merged = merge([image, video, image], pad_id=7)
+    assert merged["input_ids"].tolist() == [[1, 1, 1, 7, 7], [1] * 5, [1, 1, 1, 7, 7]]
+    assert (len(merged["pixel_values"]), len(merged["pixel_values_videos"])) == (8, 6)
+
+
 @pytest.fixture(params=[False, True], ids=["text", "images"])
 def task(request):
     return Riddles(images=request.param)

@@ -1,0 +1,248 @@
+"""The `pictures` task: real pictures and videos of them, in six groups of questions."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from random import Random
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, overload
+
+from mixers.errors import near
+from recipes.data.pictures.films import CLIPS, SHAPES
+from recipes.data.pictures.frames import Canvas, Frame
+from recipes.data.pictures.pack import Pack, load_pack
+from recipes.data.pictures.question import COLORS, Group
+from recipes.data.pictures.shelf import Shelf, shelf
+from recipes.data.pictures.slideshows import NEEDLE, SLIDESHOW
+from recipes.data.pictures.stills import CORNERS, NAMES, READING
+from recipes.data.task import DatasetNotInstalled, Item, TaskError, VideoTooShort
+from recipes.data.visual import Shown, VisualTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+GROUPS: Mapping[str, Group] = MappingProxyType(
+    {
+        "names": NAMES,
+        "reading": READING,
+        "shapes": SHAPES,
+        "clips": CLIPS,
+        "slideshow": SLIDESHOW,
+        "needle": NEEDLE,
+    }
+)
+LONG = ("slideshow", "needle")
+"""The groups that have lengths."""
+
+STANDS_FOR = MappingProxyType(
+    {
+        "names": "MMMU",
+        "reading": "TextVQA",
+        "shapes": "Video-MME",
+        "clips": "ActivityNet-QA",
+        "slideshow": "LongVideoBench",
+        "needle": "MLVU",
+    }
+)
+"""The benchmark of the LinMU paper in whose place a group stands."""
+
+SAMPLE = 400
+"""Training questions of a category that trivial answers are learnt from."""
+
+
+class UnknownGroup(TaskError, ValueError):
+    """No group of questions has that name."""
+
+
+class Baseline(NamedTuple):
+    """How many test questions of a category are answered rightly without a look.
+
+    Attributes:
+        most_frequent: By the answer that is most frequent in training for the question's form.
+        question_alone: By what the text of the question tells: the most frequent training answer to the very
+            question, or a guess among the answers it leaves open, whichever is better for its form.
+    """
+
+    most_frequent: float
+    question_alone: float
+
+    @property
+    def best(self) -> float:
+        """The better of the two."""
+        return max(self)
+
+
+class Questions(Sequence[Item]):
+    """One split: `size` questions of each group, of the long ones at each length, each made when asked for."""
+
+    def __init__(self, task: Pictures, shelf: Shelf, split: str, lengths: Sequence[int], size: int) -> None:
+        self.task, self.shelf, self.split, self.size = task, shelf, split, size
+        kinds = [(group, 0) for group in task.groups if group not in LONG]
+        longs = [group for group in task.groups if group in LONG]
+        self.kinds = kinds + [(group, length) for length, group in product(lengths, longs)]
+
+    def __len__(self) -> int:
+        return len(self.kinds) * self.size
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        kind, number = divmod(places, self.size)
+        return self.make(*self.kinds[kind], number)
+
+    def make(self, group: str, length: int, number: int) -> Item:
+        """The question with that number of a group, `length` vision tokens long if the group has lengths."""
+        key, forms = f"{self.task.seed} {self.split} {group} {length}", GROUPS[group]
+        turn, place = divmod(number, len(forms))
+        form = Random(f"{key} turn {turn}").sample(list(forms), len(forms))[place]
+        question = forms[form](self.shelf, Random(f"{key} {number}"), length // self.task.frame_tokens)
+        category = f"{group} {length}" if length else group
+        return {"group": group, "category": category, "form": form, "length": length, **question._asdict()}
+
+
+class Pictures(VisualTask):
+    """Questions on real pictures and on videos of them, for a small model of the Qwen-VL kind, as a `Task`.
+
+    The groups: `names` (what emoji, flags and maps show), `reading` (words in many fonts), `shapes` (easy-VQA images,
+    one or several), `clips` (pictures that move), `slideshow` (what came when) and `needle` (counting and finding),
+    the last two at lengths of thousands of vision tokens. Each stands for a benchmark of the LinMU paper (see
+    `STANDS_FOR`). Their questions come in several forms, each as often as the others, with
+    short answers of one to four words.
+
+    The test split asks about names in a style that training does not show them in, about names, words, fonts and
+    maps that training does not show at all, and at lengths of its own.
+
+    Items are `{"group", "category", "form", "length", "question", "answer", "frames", "choices", "video"}`: frames as
+    data, drawn when a batch is made. They are a function of the options, not of the order of access.
+
+    Args:
+        config: The model's config: it says how images become patches and which ids mark vision.
+        tokenizer: The model's tokenizer; its end-of-text token closes an answer.
+        pack: File that `Pack.save` wrote, or a pack. None: that of the cache folder, made from public packages first
+            if it is not there.
+        groups: Which of the six.
+        lengths: Vision tokens of the long videos to train on.
+        test_lengths: Vision tokens of those to be judged by.
+        train_size: Training questions of each group, and of each length of a long one.
+        test_size: Test questions likewise.
+        side: Pixels of a frame's side.
+        seed: Of all draws.
+
+    Raises:
+        DatasetNotInstalled: Pillow is missing.
+        UnsupportedModel: The config has no Qwen-VL vision tower, or the tokenizer no end or pad token.
+        UnknownGroup: There is no such group; near names are listed.
+        BadPack: The file is no pack, or the pack has too little for a split.
+        VideoTooShort: A length has not three frames.
+        NoVisionTokens: A frame is too small for one vision token.
+    """
+
+    name = "pictures"
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        pack: str | Path | Pack | None = None,
+        groups: Sequence[str] = tuple(GROUPS),
+        lengths: Sequence[int] = (1024, 2048, 4096),
+        test_lengths: Sequence[int] = (1024, 4096, 16384),
+        train_size: int = 10_000,
+        test_size: int = 140,
+        side: int = 128,
+        seed: int = 0,
+    ) -> None:
+        try:
+            import PIL  # noqa: F401
+        except ImportError as error:
+            raise DatasetNotInstalled(
+                'the task pictures needs Pillow, which is not installed: pip install "linmu[demo]"'
+            ) from error
+        super().__init__(config, tokenizer)
+        for group in groups:
+            if group not in GROUPS:
+                raise UnknownGroup(
+                    f"pictures has no group {group!r}.{near(group, GROUPS)} Its groups: {', '.join(GROUPS)}."
+                )
+        if not groups or train_size < 1 or test_size < 1 or not (lengths and test_lengths):
+            raise ValueError(
+                "pictures needs a group, lengths, and sizes of at least 1; found "
+                f"groups={list(groups)}, lengths={list(lengths)}, test_lengths={list(test_lengths)}, "
+                f"train_size={train_size}, test_size={test_size}"
+            )
+        self.seed, self.groups = seed, tuple(dict.fromkeys(groups))
+        self.pack = pack if isinstance(pack, Pack) else load_pack(pack)
+        self.canvas = Canvas(self.pack, side)
+        self.frame_tokens = self.patcher.tokens(self.canvas.cut(Frame(()), self.patcher))
+        if (shortest := min(*lengths, *test_lengths)) < 3 * self.frame_tokens:
+            raise VideoTooShort(
+                f"a video of {shortest} vision tokens has less than three frames of {self.frame_tokens} tokens: "
+                f"ask for at least {3 * self.frame_tokens}"
+            )
+        kept, held_out = shelf(self.pack, "train"), shelf(self.pack, "test")
+        self.train = Questions(self, kept, "train", sorted(set(lengths)), train_size)
+        self.test = Questions(self, held_out, "test", sorted(set(test_lengths)), test_size)
+        self.max_new_tokens = 1 + max(map(len, self.answer_ids(sorted(_answers(self.pack)))))
+
+    def shown(self, items: Sequence[Item]) -> list[Shown]:
+        """The frames of each item, drawn and cut."""
+        return [
+            Shown([self.canvas.cut(frame, self.patcher) for frame in item["frames"]], item["video"])
+            for item in items
+        ]
+
+    @cached_property
+    def baselines(self) -> dict[str, Baseline]:
+        """What trivial answers reach in each category of the test split."""
+        shortest = dict(reversed(self.train.kinds))
+        learnt: dict[str, tuple[dict[str, Counter[str]], dict[str, Counter[str]]]] = {}
+        found = {}
+        for place, (group, _) in enumerate(self.test.kinds):
+            if group not in learnt:
+                learnt[group] = _counts(self.train.make(group, shortest[group], i) for i in range(SAMPLE))
+            size = self.test.size
+            items = self.test[place * size : (place + 1) * size]
+            found[items[0]["category"]] = _baseline(items, *learnt[group])
+        return found
+
+
+def _answers(pack: Pack) -> set[str]:
+    """Every answer that any question on a pack can have."""
+    found = {picture.name for picture in pack.pictures} | {picture.category for picture in pack.pictures}
+    found |= {name for country in pack.countries for name in country} | {chart.country for chart in pack.maps}
+    found |= {*pack.words, *COLORS, *CORNERS} | {word for shape in pack.shapes for word in shape[:2]}
+    return found | {"north", "south", "east", "west", "larger", "smaller", "disappear", "appear", "9999"}
+
+
+def _counts(items: Iterable[Item]) -> tuple[dict[str, Counter[str]], dict[str, Counter[str]]]:
+    """How often each answer came, by the form and by the text of the question."""
+    by_form, by_text = defaultdict[str, Counter[str]](Counter), defaultdict[str, Counter[str]](Counter)
+    for item in items:
+        by_form[item["form"]][item["answer"]] += 1
+        by_text[item["question"]][item["answer"]] += 1
+    return by_form, by_text
+
+
+def _baseline(
+    items: Sequence[Item], by_form: Mapping[str, Counter[str]], by_text: Mapping[str, Counter[str]]
+) -> Baseline:
+    frequent, alone = 0.0, 0.0
+    for form in dict.fromkeys(item["form"] for item in items):
+        alike = [item for item in items if item["form"] == form]
+        usual = by_form[form].most_common(1)[0][0]
+        told = [
+            by_text[i["question"]].most_common(1)[0][0] if i["question"] in by_text else usual for i in alike
+        ]
+        guessed = sum(1 / item["choices"] for item in alike if item["choices"])
+        frequent += sum(item["answer"] == usual for item in alike)
+        alone += max(guessed, sum(item["answer"] == answer for item, answer in zip(alike, told)))
+    return Baseline(frequent / len(items), alone / len(items))
