@@ -135,6 +135,7 @@ def _run_stage(
     activate(student, stage.active)
     selection = select(stage, student)
     changed = _changed(student, selection) | set(() if before is None else read_tensors(before))
+    share_frozen(student, teacher.model, selection)
     set_seed(seed)
     model = adapt(student, stage.lora, selection)
     if stage.gradient_checkpointing:
@@ -162,11 +163,33 @@ def _run_stage(
     )
     trainer.train(resume_from_checkpoint=folder.checkpoint())
     if trainer.is_world_process_zero():
+        for linear in selection.linears.values():
+            linear.weight.data = (
+                linear.weight.data.clone()
+            )  # adapters are merged in place, and it may be shared
         done = model.merge_and_unload() if isinstance(model, PeftModel) else model
         write_json(folder.history, trainer.history)
         write_tensors(folder.result, {n: p for n, p in done.named_parameters() if n in changed})
         folder.tidy()
     trainer.accelerator.wait_for_everyone()
+
+
+def share_frozen(student: nn.Module, teacher: nn.Module, selection: Selection) -> None:
+    """Let the student's weights that a stage does not train, and that still are the teacher's, be the teacher's own.
+
+    Args:
+        student: On the teacher's device; not wrapped by peft yet.
+        teacher: Frozen.
+        selection: What the stage trains; adapters may stand on shared weights.
+    """
+    trained = {id(p) for p in selection.trained.values()}
+    theirs = dict(teacher.named_parameters(remove_duplicate=False))
+    for name, ours in student.named_parameters(remove_duplicate=False):
+        other = theirs.get(name)
+        if other is None or id(ours) in trained or (ours.dtype, ours.shape) != (other.dtype, other.shape):
+            continue
+        if ours.device == other.device and torch.equal(ours, other):
+            ours.data = other.data
 
 
 def _changed(student: nn.Module, selection: Selection) -> set[str]:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,13 @@ class DistillTrainer(Trainer):
             self._sums[name] += value
         return (loss, outputs) if return_outputs else loss
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        sizes = getattr(rows, "sizes", None)
+        if sizes is None or len(set(sizes)) == 1:
+            return super()._get_train_sampler(train_dataset)
+        return LikeSizes(sizes, self.args.train_batch_size * self.args.world_size, self.args.seed)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay is for matrices: norms, biases and the decays of a scan are spared."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
@@ -278,6 +285,37 @@ class DistillTrainer(Trainer):
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.student.named_parameters() if p.requires_grad}
+
+
+class LikeSizes(torch.utils.data.Sampler[int]):
+    """Draws every row once, in batches of rows of like size, the batches in random order; another order each epoch.
+
+    Args:
+        sizes: Of the rows.
+        batch_size: Rows of a batch, on all devices together.
+        seed: Of the draw.
+    """
+
+    def __init__(self, sizes: Sequence[int], batch_size: int, seed: int) -> None:
+        self.sizes, self.batch_size, self.seed, self.epoch = sizes, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; the Trainer calls it."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        drawn = torch.randperm(len(self.sizes), generator=generator)
+        by_size = drawn[torch.tensor(self.sizes)[drawn].argsort(stable=True)]
+        *whole, last = by_size.split(self.batch_size)
+        if len(last) == self.batch_size:
+            whole, last = [*whole, last], last[:0]
+        for number in torch.randperm(len(whole), generator=generator).tolist():
+            yield from whole[number].tolist()
+        yield from last.tolist()
 
 
 class _LastStep(TrainerCallback):

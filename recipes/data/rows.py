@@ -42,16 +42,25 @@ class Rows(torch.utils.data.Dataset):
         return 2 * max(len(self.items), len(self.answers)) if self.own else len(self.answers)
 
     def __getitem__(self, index: int) -> Row:
+        item, answer = self._place(index)
+        return self.items[item], answer
+
+    @property
+    def sizes(self) -> list[int] | None:
+        """About how many tokens each row has, so that like can be batched with like; None where nobody says."""
+        sizes = getattr(self.items, "sizes", None)
+        return None if sizes is None else [sizes[self._place(index)[0]] for index in range(len(self))]
+
+    def _place(self, index: int) -> tuple[int, Tensor | None]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         if not self.answers:
-            return self.items[index], None
+            return index, None
         if self.own:
             index, from_teacher = divmod(index, 2)
             if not from_teacher:
-                return self.items[index % len(self.items)], None
-        item, answer = self.answers[index % len(self.answers)]
-        return self.items[item], answer
+                return index % len(self.items), None
+        return self.answers[index % len(self.answers)]
 
 
 class Collator:

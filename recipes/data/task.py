@@ -45,6 +45,8 @@ class Task(Protocol):
 
     `train` and `test` are map-style sequences of dicts, so they go to a `DataLoader` or a `Trainer` as they
     are, with `collate` as the collator. A batch holds exactly the keyword arguments of the model's forward.
+    Where rows differ much in length, `train` may have an attribute `sizes`, about how many tokens each item
+    has; rows of like size are then batched together.
 
     Attributes:
         name: Short name for tables and file names.

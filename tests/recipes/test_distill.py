@@ -9,7 +9,7 @@ from peft import PeftModel
 
 import bridges
 from recipes.checkpoint import read_tensors
-from recipes.distill import adapt, distill
+from recipes.distill import adapt, distill, share_frozen
 from recipes.errors import CheckpointError, PatternError, RunError
 from recipes.plan import LoRA, Stage
 from recipes.run import Run
@@ -129,6 +129,29 @@ def test_what_trains_is_fp32_and_the_rest_keeps_the_teachers_type():
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32, name
     assert adapted.get_base_model().model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_frozen_weights_that_are_the_teachers_are_shared_and_those_that_train_are_not(kind):
+    source = MODELS[kind]().requires_grad_(False)
+    student = copy.deepcopy(source)
+    bridges.replace_attention(student, "mmate", text_window=4, window=(1, 2, 2), chunk_size=8)
+    changed, *others = (name for name in weights(student) if name.endswith("up_proj.weight"))
+    student.get_parameter(changed).data += 1
+    original, before = copy.deepcopy(weights(source)), copy.deepcopy(weights(student))
+    plan = Stage(**stage(trainable=["mixers", r"layers\.0.*layernorm"], lora={"targets": ["down_proj"]}))
+    selection = select(plan, student)
+    share_frozen(student, source, selection)
+    theirs = {p.data_ptr() for p in source.parameters()}
+    shared = {name for name, p in student.named_parameters() if p.data_ptr() in theirs}
+    assert any(name.endswith("embed_tokens.weight") for name in shared)
+    assert all(any(n.endswith(f"layers.{i}.mlp.down_proj.weight") for n in shared) for i in (0, 1))
+    assert changed not in shared
+    assert shared >= set(others)
+    assert not shared & selection.trained.keys()
+    assert weights(student).keys() == before.keys()
+    assert all(torch.equal(p, before[name]) for name, p in weights(student).items())
+    assert all(torch.equal(p, original[name]) for name, p in weights(source).items())
 
 
 def test_a_bf16_teacher_gives_a_bf16_student(tmp_path):

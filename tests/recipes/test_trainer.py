@@ -17,7 +17,7 @@ from recipes.distill import adapt
 from recipes.errors import CheckpointError, LaunchError, NonFiniteLossError
 from recipes.plan import Stage
 from recipes.selection import activate, select
-from recipes.trainer import DistillTrainer, checkpoints, training_arguments
+from recipes.trainer import DistillTrainer, LikeSizes, checkpoints, training_arguments
 from tests.recipes.toys import MODELS, QUIET, Riddles, stage
 
 
@@ -202,3 +202,34 @@ def test_a_loss_is_averaged_over_the_steps_that_have_tokens_for_it(tmp_path):
     (alone,) = [first[name] for name in losses if first[name] > 0]
     assert last["task"] == pytest.approx(alone, rel=1e-2)
     assert last["sequence_kd"] == pytest.approx(alone, rel=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 12, 50, 51])
+def test_rows_of_like_size_are_batched_together(rows):
+    sizes = [(7 * i) % 3 * 100 for i in range(rows)]
+    sampler = LikeSizes(sizes, 4, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(rows))
+    batches = [order[start : start + 4] for start in range(0, rows, 4)]
+    assert sum(len({sizes[i] for i in batch}) > 1 for batch in batches) <= 2
+    assert list(sampler) == order
+    sampler.set_epoch(1)
+    assert sorted(sampler) == list(range(rows))
+    if rows > 12:
+        assert list(sampler) != order
+        means = [sum(sizes[i] for i in batch) for batch in batches[:-1]]
+        assert means not in (sorted(means), sorted(means, reverse=True))
+
+
+def test_the_trainer_batches_by_the_sizes_that_a_dataset_gives(tmp_path):
+    class Sized(list):
+        sizes = property(lambda self: [len(item["prompt"]) for item in self])
+
+    run = trainer(tmp_path, batch_size=5)
+    run.train_dataset.items = Sized(run.train_dataset.items)
+    lengths = [batch["input_ids"].shape[1] for batch in run.get_train_dataloader()]
+    seen = [int(n) for batch in run.get_train_dataloader() for n in batch["attention_mask"].sum(1)]
+    rows = run.train_dataset.items.sizes
+    assert sorted(seen) == sorted(n + 3 for n in rows)
+    assert 5 * sum(lengths) - sum(seen) <= 4 * (max(rows) - min(rows))
+    run.objective.close()

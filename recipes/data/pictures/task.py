@@ -88,6 +88,11 @@ class Questions(Sequence[Item]):
     def __len__(self) -> int:
         return len(self.kinds) * self.size
 
+    @property
+    def sizes(self) -> list[int]:
+        """About how many vision tokens each question has."""
+        return [length for _, length in self.kinds for _ in range(self.size)]
+
     @overload
     def __getitem__(self, index: int) -> Item: ...
     @overload
