@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.bench.bars import BARS, best_at, summed
-from recipes.results import Results, show
+from recipes.results import Results, markdown_table, show
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -70,18 +70,13 @@ def results_page(folder: Path = RESULTS) -> str:
         parts.append(f"## {path.stem}")
         if path.with_suffix(".png").exists():
             parts.append(f"![{path.stem}]({path.stem}.png)")
-        parts.append(table([{"figure": f"`{name}`", "value": v} for name, v in results.figures.items()]))
+        parts.append(
+            markdown_table([{"figure": f"`{name}`", "value": v} for name, v in results.figures.items()])
+        )
         if results.rows:
-            parts.append(table(results.rows))
-        parts.append(made_by(results))
+            parts.append(markdown_table(results.rows))
+        parts.append(results.made_by)
     return "\n\n".join(parts)
-
-
-def made_by(results: Results) -> str:
-    """Say which command made a file, on what."""
-    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    commit = f", commit `{results.commit[:12]}`" if results.commit else ""
-    return f"`{results.command}` on {results.device}, {results.date[:10]}{commit}; {versions}."
 
 
 def kernels_page(folder: Path = RESULTS) -> str:
@@ -106,25 +101,28 @@ def kernels_page(folder: Path = RESULTS) -> str:
     missing = [row for row in results.rows if row["table"] == "speed" and row.get("note")]
     absent = list(dict.fromkeys((row["op"], row["by"], row["note"]) for row in missing))
     columns = ("op", "by", "tokens", "fwd_ms", "fwd_bwd_ms", "peak_mib", "bytes_ms", "products_ms", "error")
-    parts = ["## What they must reach", table(bars)]
+    parts = ["## What they must reach", markdown_table(bars)]
     if (folder / f"{KERNELS}.png").exists():
         parts.append(f"![{KERNELS}]({KERNELS}.png)")
-    parts += ["## Beside the best correct peer and the limit", table(best_at(results.rows))]
-    parts += ["## Every time", table([{key: row.get(key) for key in columns} for row in speed])]
+    parts += ["## Beside the best correct peer and the limit", markdown_table(best_at(results.rows))]
+    parts += ["## Every time", markdown_table([{key: row.get(key) for key in columns} for row in speed])]
     if absent:
         names = ("op", "by", "what is missing, and why")
-        parts += ["## What is missing", table([dict(zip(names, row)) for row in absent])]
+        parts += ["## What is missing", markdown_table([dict(zip(names, row)) for row in absent])]
     machine = [row for row in results.rows if row["table"] == "machine"]
-    parts += ["## The machine", table([{k: v for k, v in row.items() if k != "table"} for row in machine])]
-    return "\n\n".join([*parts, made_by(results)])
+    parts += [
+        "## The machine",
+        markdown_table([{k: v for k, v in row.items() if k != "table"} for row in machine]),
+    ]
+    return "\n\n".join([*parts, results.made_by])
 
 
 def kernels_evidence(folder: Path = RESULTS) -> str:
     """Write the errors of the kernels, and what was tried on the way to them."""
     results, tried = _read(folder, KERNELS), _read(folder, TRIED)
     checks = [row for row in results.rows if row["table"] == "check"] if results else []
-    errors = [table(summed(checks)), made_by(results)] if results and checks else [_absent(KERNELS)]
-    story = [table(tried.rows), made_by(tried)] if tried else [_absent(TRIED)]
+    errors = [markdown_table(summed(checks)), results.made_by] if results and checks else [_absent(KERNELS)]
+    story = [markdown_table(tried.rows), tried.made_by] if tried else [_absent(TRIED)]
     return "\n\n".join(["## Errors", *errors, "## What was tried, and what it gave", *story])
 
 
@@ -153,20 +151,7 @@ def readme_table(folder: Path = RESULTS) -> str:
         return NOT_MEASURED
     results = Results.read(path)
     longest = {row["measure"]: row for row in results.rows if None not in (row["teacher"], row["student"])}
-    return f"{table(list(longest.values()))}\n\n`{results.command}` on {results.device}, {results.date[:10]}."
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Write rows as a Markdown table; a column of numbers is aligned right, an empty one left out."""
-    keys = [
-        key
-        for key in dict.fromkeys(key for row in rows for key in row)
-        if any(row.get(key) != "" for row in rows)
-    ]
-    numeric = {key for key in keys if all(isinstance(row.get(key), int | float | None) for row in rows)}
-    lines = [[key.replace("_", " ") for key in keys], ["--:" if key in numeric else "---" for key in keys]]
-    lines += [[show(row.get(key)).replace("|", "\\|") for key in keys] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{markdown_table(list(longest.values()))}\n\n`{results.command}` on {results.device}, {results.date[:10]}."
 
 
 def _help(path: str, command: Any) -> Iterator[str]:
@@ -184,7 +169,7 @@ def _help(path: str, command: Any) -> Iterator[str]:
         if parameter.name != "help"
     ]
     if rows:
-        yield table(rows)
+        yield markdown_table(rows)
     for name, inner in sorted(getattr(command, "commands", {}).items()):
         yield from _help(f"{path} {name}", inner)
 

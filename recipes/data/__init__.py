@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from recipes.plan import TaskSpec
 
-TASKS = ("easy-vqa", "pictures", "recall", "text")
+TASKS = ("easy-vqa", "mix", "pictures", "recall", "text")
 
 
 def load_task(spec: TaskSpec, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
@@ -40,6 +40,11 @@ def load_task(spec: TaskSpec, config: PreTrainedConfig, tokenizer: PreTrainedTok
 
         _check_options(spec, EasyVQA, "config", "tokenizer")
         return EasyVQA(config, tokenizer, **spec.options)
+    if spec.task == "mix":
+        from recipes.data.mix import Mix
+
+        _check_options(spec, Mix, "config", "tokenizer")
+        return Mix(config, tokenizer, **spec.options)
     if spec.task == "pictures":
         from recipes.data.pictures.task import Pictures
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -103,19 +103,23 @@ def answered(prompt: Batch, answer: Tensor) -> Batch:
     return row
 
 
-def merge(rows: Sequence[Batch], pad_id: int) -> Batch:
-    """Join batches of one row each: what has a value a token is right-padded, the rest put end to end.
+def merge(rows: Sequence[Batch], pad_id: int, side: Literal["left", "right"] = "right") -> Batch:
+    """Join batches of one row each: what has a value a token is padded on one side, the rest put end to end.
 
-    Rows may differ in what else they have: one of an image, another of a video.
+    Rows may differ in what else they have: one of an image, another of a video. Marks of vision that a row of text
+    does not have are 0.
     """
     length = max(row["input_ids"].shape[1] for row in rows)
     fill = {"input_ids": pad_id, "labels": IGNORED}
-    per_token = _token_keys(rows[0])
+    per_token = set().union(*map(_token_keys, rows))
     batch = {}
     for key in dict.fromkeys(key for row in rows for key in row):
-        parts = [row[key] for row in rows if key in row]
         if key in per_token:
-            parts = [F.pad(part, (0, length - part.shape[1]), value=fill.get(key, 0)) for part in parts]
+            given = [row.get(key, torch.zeros_like(row["input_ids"])) for row in rows]
+            gaps = [(length - part.shape[1], 0)[:: -1 if side == "right" else 1] for part in given]
+            parts = [F.pad(part, gap, value=fill.get(key, 0)) for part, gap in zip(given, gaps)]
+        else:
+            parts = [row[key] for row in rows if key in row]
         batch[key] = torch.cat(parts)
     return batch
 
