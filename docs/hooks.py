@@ -9,19 +9,23 @@ import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from recipes.bench.bars import BARS, best_at, summed
+from recipes.report_page import COUNTED, sections
 from recipes.results import Results, markdown_table, show
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 NOT_MEASURED = "Not measured yet: there is no `docs/results/demo.json`. `make demo` makes one."
 KERNELS, TRIED = "ops_h100", "ops_tried"
-OWN_PAGE = {KERNELS, TRIED}
+RECOVERIES = ("recovery_text", "ablations", "recovery_vlm")
+OWN_PAGE = {KERNELS, TRIED, *RECOVERIES}
 """Results files that are shown on a page of their own."""
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):<code>(~?)([\w.]+)</code>")
+RECOVERY_TABLE = re.compile(r"^<!-- docs/results/(\w+)\.json -->$", re.MULTILINE)
 README_TABLE = re.compile(r"(?<=<!-- docs/results/demo.json -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -39,6 +43,8 @@ def on_config(config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill the pages whose content is computed."""
+    if page.file.src_uri == "quality.md":
+        return quality_page(markdown)
     computed = {
         "results/index.md": results_page,
         "results/kernels.md": kernels_page,
@@ -124,6 +130,70 @@ def kernels_evidence(folder: Path = RESULTS) -> str:
     errors = [markdown_table(summed(checks)), results.made_by] if results and checks else [_absent(KERNELS)]
     story = [markdown_table(tried.rows), tried.made_by] if tried else [_absent(TRIED)]
     return "\n\n".join(["## Errors", *errors, "## What was tried, and what it gave", *story])
+
+
+def quality_page(markdown: str, folder: Path = RESULTS) -> str:
+    """Put what was measured of students in the place of each comment that names its file."""
+    return RECOVERY_TABLE.sub(lambda match: recovery_tables(match[1], folder), markdown)
+
+
+def recovery_tables(name: str, folder: Path = RESULTS) -> str:
+    """Write what recipes recover of their teachers: a row a recipe in each table; or one run's whole report."""
+    results = _read(folder, name)
+    if results is None:
+        return _absent(name)
+    parts = [f"![{name}](results/{name}.png)"] if (folder / f"{name}.png").exists() else []
+    if any("table" in row for row in results.rows):
+        return "\n\n".join([*parts, *sections(results, level=3), results.made_by])
+    rows = over_seeds(results.rows)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    figures = [{key: row.get(key) for key in keys if not _group(key)[0]} for row in rows]
+    parts.append(markdown_table(figures, finely))
+    for heading in dict.fromkeys(_group(key)[0] for key in keys):
+        if heading:
+            own = {key: group for key in keys for of, group in [_group(key)] if of == heading}
+            scores = [
+                {"recipe": row["recipe"]} | {group: row.get(key) for key, group in own.items()}
+                for row in rows
+                if any(key in row for key in own)
+            ]
+            parts += [f"**{heading}**", markdown_table(scores, finely)]
+    return "\n\n".join([*parts, results.made_by])
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lay the rows of one recipe together: mean ± standard deviation where its seeds differ."""
+    found = []
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        own = [row for row in rows if row["recipe"] == recipe]
+        seeds = sum(row.get("seed") is not None for row in own)
+        values = {key: [row[key] for row in own if row.get(key) is not None] for row in own for key in row}
+        merged = {key: _summed(those) for key, those in values.items() if key not in ("recipe", "seed")}
+        found.append({"recipe": recipe, "seeds": seeds or None, **merged})
+    return found
+
+
+def finely(value: Any) -> str:
+    """Format a value for a table whose rows are close together: numbers below 10 to three decimals."""
+    return f"{value:.3f}" if isinstance(value, float) and abs(value) < 10 else show(value)
+
+
+def _summed(values: list[Any]) -> Any:
+    different = list(dict.fromkeys(values))
+    if len(different) < 2:
+        return different[0] if different else None
+    if any(isinstance(value, str) for value in different):
+        return "; ".join(map(str, different))
+    return f"{finely(fmean(values))} ± {finely(stdev(values))}"
+
+
+def _group(key: str) -> tuple[str, str]:
+    """Split ``"text perplexity fortunes"`` into a table and its column; the first is empty for a single figure."""
+    first, _, rest = key.partition(" ")
+    measure, _, group = rest.partition(" ")
+    if measure in COUNTED:
+        return f"{first}: {measure}", group
+    return ("seconds a step", rest) if first == "seconds_a_step" and rest else ("", key)
 
 
 def _read(folder: Path, name: str) -> Results | None:

@@ -55,7 +55,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A model: [bold]tiny-vlm[/] (ships with linmu), [bold]smollm2-135m[/], a folder, or a hub name.",
+        help="A model: [bold]tiny-vlm[/] (ships with linmu), [bold]smollm2-135m[/], [bold]vlm-mini[/], "
+        "a folder, or a hub name.",
     ),
 ]
 
@@ -282,6 +283,14 @@ def evaluate(
     device: Device = None,
     json: Json = None,
     plot: Plot = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="MODEL is the folder of a finished run: measure its student beside its teacher by what its "
+            "recipe is [bold]judged_by[/], and write report.json, report.md and report.png to DIR.",
+        ),
+    ] = None,
 ) -> None:
     """Ask a model the questions of a test split and score what it generates.
 
@@ -290,7 +299,11 @@ def evaluate(
 
     [dim]linmu evaluate tiny-vlm --limit 2000[/]
     [dim]linmu evaluate runs/tiny/student --json student.json[/]
+    [dim]linmu evaluate runs/tiny --report runs/tiny/report[/]
     """
+    if report is not None:
+        _report(ctx, Path(model), report, limit, device)
+        return
     with spinner("loading"):
         from recipes.data import load_task
         from recipes.evaluate import evaluate as ask
@@ -301,8 +314,8 @@ def evaluate(
 
         judged = load_model(model, device)
         questions = load_task(DataSpec(task=task), judged.model.config, judged.tokenizer)
-    with progress(f"{task}: asking") as report:
-        found = ask(judged.model, questions, limit=limit, batch_size=batch_size, progress=report)
+    with progress(f"{task}: asking") as told:
+        found = ask(judged.model, questions, limit=limit, batch_size=batch_size, progress=told)
     figures: dict[str, Any] = {
         "accuracy": found.accuracy,
         "questions": found.questions,
@@ -310,8 +323,8 @@ def evaluate(
     }
     rows = found.rows()
     if likelihood:
-        with progress(f"{task}: perplexity") as report:
-            likely = perplexity(judged.model, questions, limit=limit, progress=report)
+        with progress(f"{task}: perplexity") as told:
+            likely = perplexity(judged.model, questions, limit=limit, progress=told)
         figures["perplexity"] = likely.perplexity
         for row in rows:
             if (group := likely.groups.get(row["group"])) is not None:
@@ -324,6 +337,33 @@ def evaluate(
         from recipes import plots
 
         plots.accuracies(plot, f"{model} on {task}", _bars(found))
+
+
+def _report(ctx: typer.Context, run: Path, folder: Path, limit: int | None, device: str | None) -> None:
+    """Measure a finished run and write what was found."""
+    sources = {parameter: ctx.get_parameter_source(str(parameter.name)) for parameter in ctx.command.params}
+    typed = [parameter for parameter, source in sources.items() if source and source.name == "COMMANDLINE"]
+    given = [p.opts[0] for p in typed if p.name not in ("model", "report", "limit", "device")]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)} cannot go with --report, which measures what the run's recipe is judged by and "
+            "writes its own files."
+        )
+    with spinner("loading the run"):
+        from recipes import report_page
+        from recipes.finished_run import FinishedRun
+        from recipes.report import report as measure
+        from recipes.results import table
+
+        finished = FinishedRun.load(run, device)
+        folder.mkdir(parents=True, exist_ok=True)
+    with spinner("measuring") as now:
+        found = measure(finished.recipe, finished.student, finished.teacher, limit=limit, say=now)
+    out.print(table(found.rows))
+    results = report_page.results(found, finished.history, command_line(ctx))
+    out.print(table([{"figure": name, "value": value} for name, value in results.figures.items()]))
+    report_page.write(folder, finished.recipe, results)
+    out.print(f"The report is in {folder / report_page.PAGE}.", markup=False, soft_wrap=True)
 
 
 def main() -> None:

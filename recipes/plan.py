@@ -10,14 +10,13 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mixers.errors import near
-from recipes.errors import InvalidRecipeError, UnknownKeyError, UnknownRecipeError
+from recipes.errors import InvalidRecipeError, UnknownKeyError
+from recipes.variants import find, lay_over, library
 
 if TYPE_CHECKING:
     from torch import nn
 
     from recipes.explain import Explanation
-
-LIBRARY = Path(__file__).parent / "library"
 
 
 def _check_pattern(pattern: str) -> str:
@@ -58,7 +57,7 @@ class TeacherSpec(Part):
     """Which model to distil; a bare string is its ``model``.
 
     Args:
-        model: ``tiny-vlm``, ``smollm2-135m``, a folder, a ``.gguf`` file, or a name on the hub.
+        model: ``tiny-vlm``, ``smollm2-135m``, ``vlm-mini``, a folder, a ``.gguf`` file, or a name on the hub.
         dtype: Type of its weights, and of the student's that are not being trained.
         trust_remote_code: Whether code that comes with the model may run.
     """
@@ -88,20 +87,50 @@ class StudentSpec(Part):
     config: dict[str, Any] = {}
 
 
-class DataSpec(Part):
-    """What to train on; a bare string is the ``task``.
+class TaskSpec(Part):
+    """A dataset; a bare string is the ``task``.
 
     Args:
-        task: Name of a dataset: ``easy-vqa``, ``recall`` or ``text``.
+        task: Its name: ``easy-vqa``, ``mix``, ``pictures``, ``recall`` or ``text``.
         options: Its keyword arguments.
-        workers: Processes that make batches; 0 makes them in the training process.
     """
 
     term: ClassVar[str] = "data"
     main_key: ClassVar[str] = "task"
     task: str
     options: dict[str, Any] = {}
+
+
+class DataSpec(TaskSpec):
+    """What to train on; a bare string is the ``task``.
+
+    Args:
+        task: As for :class:`TaskSpec`.
+        options: Likewise.
+        workers: Processes that make batches; 0 makes them in the training process.
+    """
+
     workers: Annotated[int, Field(ge=0)] = 0
+
+
+class Judge(TaskSpec):
+    """What a student is judged by, beside its teacher; a bare string is the ``task``.
+
+    Args:
+        task: As for :class:`TaskSpec`.
+        options: Likewise.
+        measures: ``accuracy`` of greedy answers, ``perplexity`` of the labelled tokens, ``agreement`` with the
+            teacher's greedy continuations.
+        limit: Items of the test split, spread evenly over it; null: all.
+        batch_size: Items at a time.
+    """
+
+    term: ClassVar[str] = "judged_by"
+    measures: Annotated[list[Literal["accuracy", "perplexity", "agreement"]], Field(min_length=1)] = [
+        "accuracy"
+    ]
+    limit: Count | None = None
+    batch_size: Count = 8
 
 
 class Weighted(Part):
@@ -142,13 +171,13 @@ class TokenKD(Weighted):
         weight: Factor of this loss in the sum.
         temperature: T, which divides both models' logits.
         tokens: Over the predictions of ``labelled`` tokens (the answers), or of all ``valid`` ones.
-        chunk: Tokens whose full-vocabulary logits exist at a time.
+        chunk: Tokens whose full-vocabulary logits exist at a time; null: as many as make 512 MiB.
     """
 
     term: ClassVar[str] = "token_kd"
     temperature: Positive = 1.0
     tokens: Literal["labelled", "valid"] = "labelled"
-    chunk: Count = 512
+    chunk: Count | None = None
 
 
 class SequenceKD(Weighted):
@@ -283,6 +312,7 @@ class Recipe(Part):
         student: What becomes of its attention.
         data: What to train on.
         stages: One after the other.
+        judged_by: What ``linmu evaluate --report`` measures; empty: accuracy on the test split of ``data``.
     """
 
     term: ClassVar[str] = "the recipe"
@@ -293,6 +323,7 @@ class Recipe(Part):
     student: StudentSpec
     data: DataSpec
     stages: Annotated[list[Stage], Field(min_length=1)]
+    judged_by: list[Judge] = []
 
     @model_validator(mode="after")
     def _check_names(self) -> Recipe:
@@ -303,46 +334,59 @@ class Recipe(Part):
 
     @classmethod
     def names(cls) -> list[str]:
-        """List the recipes of the library, sorted."""
-        return sorted(path.stem for path in LIBRARY.glob("*.yaml"))
+        """List the recipes of the library, sorted, the ablations after the others."""
+        return list(library())
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Recipe:
         """Read a recipe from the library by its name, or from a YAML file.
 
+        A file whose ``base`` names another recipe, or a file beside it, is laid over that one; see
+        :func:`recipes.variants.lay_over`.
+
         Raises:
-            UnknownRecipeError: There is no such recipe or file; near names are listed.
+            UnknownRecipeError: There is no such recipe or file, or no such base; near names are listed.
             UnknownKeyError: A key does not exist.
-            InvalidRecipeError: It is not YAML, or a value is missing, of a wrong type or out of range.
+            InvalidRecipeError: It is not YAML, or a value is missing, of a wrong type or out of range; or its
+                bases lead back to it.
         """
-        path = Path(name_or_path)
-        if not path.is_file():
-            if str(name_or_path) not in cls.names():
-                raise UnknownRecipeError(
-                    f"no recipe is called {str(name_or_path)!r}, and there is no such file."
-                    f"{near(str(name_or_path), cls.names())} Recipes: {', '.join(cls.names())}."
-                )
-            path = LIBRARY / f"{name_or_path}.yaml"
+        return cls._load(find(name_or_path), ())
+
+    @classmethod
+    def _load(cls, path: Path, above: tuple[Path, ...]) -> Recipe:
+        chain = (*above, path.resolve())
+        if chain[-1] in above:
+            raise InvalidRecipeError(f"bases lead in a circle: {' → '.join(p.stem for p in chain)}.")
         try:
             fields = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InvalidRecipeError(f"{path} is not YAML: {error}") from error
-        return cls.from_dict(fields, source=str(path))
+        return cls._build(fields, str(path), path.parent, chain)
 
     @classmethod
     def from_dict(cls, fields: Any, source: str = "the recipe") -> Recipe:
         """Build a recipe from plain data; the inverse of :meth:`to_dict`.
 
         Args:
-            fields: A mapping.
+            fields: A mapping; its ``base``, if it has one, is a name of the library or a file.
             source: What to call it in an error.
 
         Raises:
+            UnknownRecipeError: Its base does not exist; near names are listed.
             UnknownKeyError: A key does not exist.
             InvalidRecipeError: A value is missing, of a wrong type or out of range.
         """
+        return cls._build(fields, source, None, ())
+
+    @classmethod
+    def _build(cls, fields: Any, source: str, beside: Path | None, chain: tuple[Path, ...]) -> Recipe:
         if not isinstance(fields, dict):
             raise InvalidRecipeError(f"{source} must be a mapping of keys, found {type(fields).__name__}.")
+        if "base" in fields:
+            base, changes = fields["base"], {key: value for key, value in fields.items() if key != "base"}
+            if not isinstance(base, str):
+                raise InvalidRecipeError(f"{source}: base must be the name of a recipe, found {base!r}.")
+            fields = lay_over(cls._load(find(base, beside), chain).to_dict(), changes, source)
         try:
             return cls.model_validate(fields)
         except ValidationError as error:

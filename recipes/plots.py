@@ -108,6 +108,35 @@ def ops(path: Path | str, title: str, rows: Sequence[Row]) -> None:
     _save(figure, path)
 
 
+def report(
+    path: Path | str, title: str, scores: Sequence[Row], layers: Sequence[Row], history: Sequence[Row]
+) -> None:
+    """Draw a report: recovery by task and group, errors of layers, and the losses of the stages.
+
+    Args:
+        path: File to write.
+        title: Above all.
+        scores: Rows of :class:`recipes.report.Report`.
+        layers: Its layers; may be empty.
+        history: Rows of a distillation; may be empty.
+    """
+    bars = [row for row in scores if row["recovery"] is not None]
+    if not bars:
+        raise PlotError("there is no recovery to draw: the teacher scores 0 everywhere.")
+    heights = [max(3.6, 1.2 + 0.26 * len(bars)), *([3.6] if history else [])]
+    figure = blank_figure(13, sum(heights))
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    top, *bottom = (figure.add_subfigure(grid[row]) for row in range(len(heights)))
+    panels = top.subplots(1, 2 if layers else 1, squeeze=False)[0]
+    draw_recovery(panels[0], bars)
+    if layers:
+        draw_layers(panels[1], layers)
+    for part in bottom:
+        draw_losses(part, history)
+    top.suptitle(title, fontweight="bold", fontsize=13)
+    _save(figure, path)
+
+
 def accuracies(path: Path | str, title: str, groups: Mapping[str, float]) -> None:
     """Draw one bar a group."""
     figure = blank_figure(max(4.0, 1.2 + 0.8 * len(groups)), 4.4)
@@ -143,6 +172,44 @@ def draw_accuracy(axes: Axes, accuracy: Mapping[str, float]) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_title("accuracy by generation", fontsize=10.5)
     axes.grid(axis="y", alpha=0.25)
+
+
+def draw_recovery(axes: Axes, scores: Sequence[Row]) -> None:
+    """One horizontal bar a task, measure and group, in a colour a task and measure; 1 is the teacher."""
+    names = [(row["task"], row["measure"]) for row in scores]
+    colours = dict(zip(dict.fromkeys(names), itertools.cycle(COLOURS[1:])))
+    for name, colour in colours.items():
+        own = [place for place, other in enumerate(names) if other == name]
+        values = [scores[place]["recovery"] for place in own]
+        bars = axes.barh(own, values, color=colour, height=0.7, label=": ".join(name))
+        axes.bar_label(bars, [f"{value:.1%}" for value in values], padding=3, color=INK, fontsize=8.5)
+    axes.axvline(1, color=COLOURS[0], linestyle=":", linewidth=1)
+    axes.set_yticks(range(len(scores)), [row["group"] for row in scores], fontsize=8.5)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.18 * max(1, *(row["recovery"] for row in scores)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_title("student's part of the teacher's score", fontsize=10.5)
+    axes.grid(axis="x", alpha=0.25)
+    axes.figure.legend(
+        *axes.get_legend_handles_labels(), frameon=False, fontsize=8.5, loc="outside lower left", ncols=4
+    )
+
+
+def draw_layers(axes: Axes, layers: Sequence[Row]) -> None:
+    """Error of each layer, injected and chained; an error of 0 is left out of the logarithmic axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    for name, colour, marker in zip(("injected", "chained"), COLOURS[1:], MARKERS):
+        points = [(row["layer"], row[name]) for row in layers if row[name] > 0]
+        if points:
+            axes.plot(*zip(*points), color=colour, marker=marker, markersize=4, linewidth=1.6, label=name)
+    if axes.lines:
+        _log_scale(axes)
+        axes.legend(frameon=False, fontsize=8.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer")
+    axes.set_title("error of layers, of the teacher's squared size", fontsize=10.5)
+    axes.grid(alpha=0.25)
 
 
 def draw_scaling(axes: Axes, rows: Sequence[Row], value: str, label: str, by: str = "model") -> None:

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -90,6 +90,14 @@ class Results:
             )
         return cls(**content)
 
+    @property
+    def made_by(self) -> str:
+        """Which command made the figures, on what: a line of Markdown."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        commit = f", commit `{self.commit[:12]}`" if self.commit else ""
+        fence = "``" if "`" in self.command else "`"
+        return f"{fence}{self.command}{fence} on {self.device}, {self.date[:10]}{commit}; {versions}."
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file through a temporary one beside it; makes the folder."""
@@ -165,6 +173,25 @@ def table(rows: Sequence[Row], title: str | None = None, columns: Iterable[str] 
     return drawn
 
 
+def markdown_table(rows: Sequence[Row], form: Callable[[Any], str] | None = None) -> str:
+    """Write rows as a Markdown table; a column of numbers is aligned right, an empty one left out.
+
+    Args:
+        rows: What to write; a missing value is written as None is.
+        form: Writes a value. Default: :func:`show`.
+    """
+    form = form or show
+    keys = [
+        key
+        for key in dict.fromkeys(key for row in rows for key in row)
+        if any(row.get(key) != "" for row in rows)
+    ]
+    numeric = {key for key in keys if all(isinstance(row.get(key), int | float | None) for row in rows)}
+    lines = [[key.replace("_", " ") for key in keys], ["--:" if key in numeric else "---" for key in keys]]
+    lines += [[form(row.get(key)).replace("|", "\\|") for key in keys] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def first_and_last(history: Sequence[Row]) -> list[dict[str, Any]]:
     """Sum a distillation's history up: one row a stage and loss, with its first and last logged value."""
     rows = []
@@ -173,6 +200,15 @@ def first_and_last(history: Sequence[Row]) -> list[dict[str, Any]]:
         for name in loss_names(entries):
             rows.append({"stage": stage, "loss": name, "first": entries[0][name], "last": entries[-1][name]})
     return rows
+
+
+def spent(history: Sequence[Row]) -> list[dict[str, Any]]:
+    """Sum up what a distillation cost: a row a stage, with its steps, tokens and minutes."""
+    last = {entry["stage"]: entry for entry in history}
+    return [
+        {"stage": stage, "steps": end["step"], "tokens": end["tokens"], "minutes": end["seconds"] / 60}
+        for stage, end in last.items()
+    ]
 
 
 def loss_names(history: Sequence[Row]) -> list[str]:

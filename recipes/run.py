@@ -115,10 +115,9 @@ class Run:
         return [StageFolder(self.path / "stages" / f"{number}-{stage.name}") for number, stage in named]
 
     def start(self, teacher: nn.Module) -> None:
-        """Write down what the run is started with."""
-        if not self.record.exists():
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.record, self._identity(teacher))
+        """Write down what the run is started with; where one goes on, what it shall be judged by from now on."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.record, self._identity(teacher))
 
     def pending(self) -> Iterator[tuple[int, Stage, StageFolder]]:
         """Yield (number, stage, folder) of each stage that is not done when its turn comes."""

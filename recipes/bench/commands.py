@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -239,6 +240,68 @@ def check(
     if wrong := [row for row in rows if row["right"] is False]:
         err.print(f"[bold red]{len(wrong)} of {len(rows)} checks failed[/]")
         raise typer.Exit(1)
+
+
+@bench.command(epilog=EXIT_CODES)
+def recovery(
+    ctx: typer.Context,
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE", help="Names of the library, patterns of them, or YAML files."),
+    ],
+    scale: Annotated[float, typer.Option(metavar="X", help="Multiply the steps of every stage.")] = 1.0,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N,N,…", help="Run each with each; by default with its own.")
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where the runs go, a folder a recipe and seed.")
+    ] = Path("runs/recovery"),
+    json: Json = None,
+    add: Add = False,
+) -> None:
+    """Run recipes and lay what they recover of their teachers side by side.
+
+    Each is distilled and judged as it says itself. A run that fails is a row with
+    a note, and the rest go on; a run that was killed goes on when the same command
+    is given again. With --add several processes, one a GPU, fill one file.
+
+    [dim]linmu bench recovery linmu-smollm2-135m 'peer-*' --json recovery.json[/]
+    [dim]linmu bench recovery 'ablate-text-*' --scale 0.45 --seeds 0,1,2 --json a.json --add[/]
+    """
+    if scale <= 0:
+        raise UsageError(f"--scale must be positive, found {scale:g}.")
+    numbers = _seeds(seeds)
+    with spinner("loading"):
+        from recipes.bench.recovery import FIGURES, Shelf, chosen, ordered, read, scaled, write
+        from recipes.bench.recovery import recovery as run
+        from recipes.results import table
+
+    plans = [scaled(recipe, scale, seed) for recipe in chosen(names) for seed in numbers]
+    if json is not None and add and json.exists():
+        read(json)  # refused before the runs, not after them
+    shelf, rows = Shelf(), list[dict[str, Any]]()
+    with spinner("recovery") as now:
+        for plan in plans:
+            what = f"{plan.name}-{plan.seed}"
+            rows += run(plan, folder / what, shelf, functools.partial(now, what))
+            if json is not None:  # what is measured stays if the rest is cut short
+                write(json, command_line(ctx), rows, add=add)
+    measured = [name for name in FIGURES if any(name in row for row in rows)]
+    out.print(table(ordered(rows), title="recovery", columns=["recipe", "seed", *measured, "minutes"]))
+    if failed := [row for row in rows if "note" in row]:
+        for row in failed:
+            err.print(f"{row['recipe']}, seed {row['seed']}: {row['note']}", markup=False)
+        err.print(f"[bold red]{len(failed)} of {len(plans)} runs failed[/]")
+        raise typer.Exit(1)
+
+
+def _seeds(text: str | None) -> list[int] | list[None]:
+    if text is None:
+        return [None]
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise UsageError(f"--seeds takes numbers such as 0,1,2; found {text!r}.") from None
 
 
 def parse_lengths(text: str) -> list[int]:

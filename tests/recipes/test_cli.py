@@ -34,6 +34,7 @@ COMMANDS = [
     ["bench", "prefill"],
     ["bench", "decode"],
     ["bench", "ops"],
+    ["bench", "recovery"],
 ]
 
 
@@ -79,6 +80,9 @@ def test_help_and_version_do_without_torch() -> None:
         (["distill", "linmu-tiny-vml", "--out", "OUT"], "Did you mean 'linmu-tiny-vlm'"),
         (["evaluate", "tiny-vlm", "--task", "easy-vaq"], "Did you mean 'easy-vqa'"),
         (["evaluate", "tiny-vml"], "Did you mean 'tiny-vlm'"),
+        (["evaluate", "runs/none", "--report", "OUT"], "holds no run"),
+        (["evaluate", "tiny-vlm", "--report", "OUT", "--task", "recall"], "--task cannot go with --report"),
+        (["evaluate", "tiny-vlm", "--report", "OUT", "--limit", 0], "--limit"),
         (["convert", "tiny-vlm", "OUT", "--mixer", "mmat"], "Did you mean 'mmate'"),
         (["convert", "tiny-vlm", "OUT", "--set", "text_windw=3"], "Did you mean 'text_window'"),
         (["convert", "tiny-vlm", "OUT", "--set", "text_window"], "KEY=VALUE"),
@@ -235,6 +239,29 @@ def test_distill_trains_resumes_and_restarts(tmp_path: Path, small_recipe: Path)
     assert linmu(*command, "--restart").exit_code == 0
     assert (run / "stages" / "1-first" / "result.safetensors").stat().st_mtime_ns != made
     assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_a_finished_run_is_reported_and_an_unfinished_one_is_not(tmp_path: Path, small_recipe: Path) -> None:
+    judges = [{"task": "easy-vqa", "measures": ["accuracy", "perplexity"], "limit": 3, "batch_size": 3}]
+    small_recipe.write_text(small_recipe.read_text() + yaml.safe_dump({"judged_by": judges}))
+    run, report = tmp_path / "run", tmp_path / "report"
+    assert linmu("distill", small_recipe, "--out", run).exit_code == 0
+    result = linmu("evaluate", run, "--report", report, "--limit", 2, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in report.iterdir()} == {"report.json", "report.md", "report.png"}
+    written = Results.read(report / "report.json")
+    assert {"easy-vqa_ppl_ratio", "minutes", "tokens"} <= written.figures.keys()
+    whole = [row for row in written.rows if row.get("group") == "all"]
+    assert [row["measure"] for row in whole] == ["accuracy", "perplexity"]
+    assert whole[0]["count"] == 2
+    assert {row["table"] for row in written.rows} == {"scores", "layers", "history"}
+    assert written.command.startswith("linmu evaluate")
+
+    (run / "stages" / "2-second" / "result.safetensors").unlink()
+    refused = linmu("evaluate", run, "--report", tmp_path / "other")
+    assert refused.exit_code == 2
+    assert "second" in stderr(refused)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_restart_with_a_bad_recipe_keeps_the_run(tmp_path: Path, small_recipe: Path) -> None:

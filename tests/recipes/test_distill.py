@@ -198,6 +198,19 @@ def test_another_recipe_or_teacher_in_the_same_folder_is_refused(tmp_path):
         run(tmp_path, stages=[stage()], resume=False)
 
 
+def test_a_run_goes_on_though_it_shall_be_judged_otherwise(tmp_path, whole):
+    before, after = (
+        recipe(*three_stages(), judged_by=judges) for judges in (["text"], [{"task": "recall", "limit": 5}])
+    )
+    task = Riddles(images=False)
+    with pytest.raises(KeyboardInterrupt):
+        distill(before, tmp_path, teacher=teacher(), task=task, callbacks=[Kill("local-swin", 3)])
+    resumed = distill(after, tmp_path, teacher=teacher(), task=task, callbacks=QUIET)
+    for name, parameter in weights(resumed.student).items():
+        assert torch.equal(parameter, weights(whole["llama"].student)[name]), name
+    assert json.loads((tmp_path / "run.json").read_text())["recipe"] == after.to_dict()
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_checkpoint_is_refused(tmp_path, file, damage):

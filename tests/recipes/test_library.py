@@ -7,8 +7,9 @@ import torch
 
 import bridges
 from recipes.distill import distill
-from recipes.plan import LIBRARY, Recipe
+from recipes.plan import Recipe
 from recipes.teachers import Teacher
+from recipes.variants import LIBRARY
 from tests.recipes.toys import QUIET, Riddles, Tokenizer, llama, qwen
 
 
@@ -34,7 +35,10 @@ LINMU = {
 }
 """Recipe → losses of its third stage."""
 
-PEERS = [name for name in Recipe.names() if name.startswith("peer-")]
+NAMES = sorted(path.stem for path in LIBRARY.glob("*.yaml"))
+"""The recipes that are no ablations."""
+
+PEERS = [name for name in NAMES if name.startswith("peer-")]
 
 
 def small_teacher(recipe):
@@ -50,13 +54,13 @@ def shortened(recipe):
 
 
 def test_every_recipe_has_its_files_name_and_says_what_it_is_for():
-    for path in LIBRARY.glob("*.yaml"):
-        recipe = Recipe.load(path)
-        assert recipe.name == path.stem
+    for name in Recipe.names():
+        recipe = Recipe.load(name)
+        assert recipe.name == name
         assert len(recipe.description) > 20
 
 
-@pytest.mark.parametrize("name", Recipe.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_fits_models_of_its_teachers_class(name):
     """Patterns, branches, LoRA targets and losses, on a small model of the same class."""
     recipe = Recipe.load(name)
@@ -64,7 +68,7 @@ def test_every_recipe_fits_models_of_its_teachers_class(name):
     assert all(stage.trained_parameters > 0 for stage in told.stages)
 
 
-@pytest.mark.parametrize("name", Recipe.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_trains_each_stage_on_each_of_its_losses(name, tmp_path):
     recipe = shortened(Recipe.load(name))
     model = small_teacher(recipe).to(getattr(torch, recipe.teacher.dtype))
@@ -81,10 +85,12 @@ def test_every_recipe_trains_each_stage_on_each_of_its_losses(name, tmp_path):
 
 @pytest.mark.parametrize("name", list(LINMU))
 def test_the_stages_are_those_of_linmu(name):
-    """Flex-MA alone, then both branches, then LoRA on the rest with the most losses."""
+    """Flex-MA alone, or both branches beside frozen projections; then all of the mixers, then LoRA on the rest."""
     recipe = Recipe.load(name)
     first, second, third = recipe.explain(small_teacher(recipe)).stages
-    assert first.active == ("flex_ma",)
+    both = name == "linmu-smollm2-135m"
+    assert first.active == (None if both else ("flex_ma",))
+    assert not (both and any("_proj" in pattern for pattern in recipe.stages[0].trainable))
     assert second.active is None
     assert first.trained_parameters < second.trained_parameters < third.trained_parameters
     assert not first.adapted
@@ -102,6 +108,13 @@ def test_a_peer_has_the_teacher_the_rows_and_the_tokens_of_linmu(name):
     for stage in (*linmu.stages, *peer.stages):
         assert stage.losses.sequence_kd is None
         assert stage.max_length is None
+
+
+def test_the_windows_of_peers_are_as_wide_as_linmus():
+    width = Recipe.load("linmu-smollm2-135m").student.config["text_window"]
+    assert Recipe.load("peer-sliding-window-smollm2-135m").student.config["window"] == width
+    branches = Recipe.load("peer-lolcats-smollm2-135m").student.config["branches"]
+    assert branches["window"]["window"] == width
 
 
 def rows(recipe):

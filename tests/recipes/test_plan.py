@@ -42,6 +42,7 @@ def test_bare_values_stand_for_their_main_key():
         ({"stages": [stage(losses={"token_kd": {"temprature": 1}})]}, "'temperature'"),
         ({"student": {"mixr": "mmate"}}, "'mixer'"),
         ({"stages": [stage(lora={"target": ["mlp"]})]}, "'targets'"),
+        ({"judged_by": [{"task": "text", "measure": ["accuracy"]}]}, "'measures'"),
     ],
 )
 def test_unknown_key_is_refused_with_near_names(fields, near):
@@ -67,6 +68,24 @@ def test_unknown_key_is_refused_with_near_names(fields, near):
 def test_bad_value_is_refused_and_named(fields, where):
     with pytest.raises(InvalidRecipeError, match=where):
         recipe(fields)
+
+
+def test_what_judges_are_is_read_and_defaults_to_accuracy_of_everything():
+    assert recipe(stage()).judged_by == []
+    plan = recipe(stage(), judged_by=["recall", {"task": "text", "measures": ["perplexity"], "limit": 5}])
+    first, second = plan.judged_by
+    assert (first.task, first.measures, first.limit) == ("recall", ["accuracy"], None)
+    assert (second.task, second.measures, second.limit) == ("text", ["perplexity"], 5)
+    assert Recipe.from_dict(yaml.safe_load(plan.to_yaml())) == plan
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [{"task": "text", "measures": []}, {"task": "text", "measures": ["speed"]}, {"task": "text", "limit": 0}],
+)
+def test_a_bad_judge_is_refused_and_named(judge):
+    with pytest.raises(InvalidRecipeError, match=r"judged_by\.0\.(measures|limit)"):
+        recipe(stage(), judged_by=[judge])
 
 
 def test_stages_of_the_same_name_are_refused():

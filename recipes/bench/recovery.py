@@ -1,0 +1,230 @@
+"""What recipes recover of their teachers: each is run, measured, and laid beside the others."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from recipes.data import load_task
+from recipes.data.packages import locked
+from recipes.data.task import Task
+from recipes.distill import distill
+from recipes.errors import InvalidRecipeError
+from recipes.plan import DataSpec, Recipe, TeacherSpec
+from recipes.report import Report, report
+from recipes.results import Results, ResultsError, spent
+from recipes.teachers import Teacher, load_teacher
+
+Row = dict[str, Any]
+Say = Callable[..., None]
+"""Told what is being done."""
+
+FIGURES = ("ppl_ratio", "agreement", "recovery_mean", "recovery_min", "recall_ratio_mean", "recall_ratio_min")
+"""What a row sums a student up by, in order."""
+TEACHER = "the teacher"
+"""What stands for a recipe's name in the teacher's row."""
+COMPARED = ("peer-", "ablate-")
+"""How the names of recipes begin that others are compared with."""
+
+
+class Shelf:
+    """Teachers and datasets, each loaded once for all the recipes that name it."""
+
+    def __init__(self) -> None:
+        self._teachers: dict[str, Teacher] = {}
+        self._tasks: dict[tuple[str, str], Task] = {}
+
+    def teacher(self, spec: TeacherSpec) -> Teacher:
+        """Return a recipe's teacher."""
+        key = spec.model_dump_json()
+        if key not in self._teachers:
+            self._teachers[key] = load_teacher(spec)
+        return self._teachers[key]
+
+    def task(self, spec: DataSpec, of: TeacherSpec) -> Task:
+        """Return a recipe's dataset, made for its teacher."""
+        key = (spec.model_dump_json(), of.model_dump_json())
+        if key not in self._tasks:
+            teacher = self.teacher(of)
+            self._tasks[key] = load_task(spec, teacher.model.config, teacher.tokenizer)
+        return self._tasks[key]
+
+
+def chosen(names: Iterable[str]) -> list[Recipe]:
+    """Load recipes, each once.
+
+    Args:
+        names: Names of the library, YAML files, or patterns of names such as ``peer-*``.
+
+    Raises:
+        recipes.errors.UnknownRecipeError: A name or pattern finds none.
+        recipes.errors.InvalidRecipeError: Two that differ have the same name.
+    """
+    known, found = Recipe.names(), dict[str, Recipe]()
+    for name in names:
+        for each in [one for one in known if fnmatchcase(one, name)] or [name]:
+            recipe = Recipe.load(each)
+            if found.setdefault(recipe.name, recipe) != recipe:
+                raise InvalidRecipeError(f"two recipes are called {recipe.name!r}; give {each} another name.")
+    return list(found.values())
+
+
+def scaled(recipe: Recipe, scale: float = 1.0, seed: int | None = None) -> Recipe:
+    """Return a recipe with every stage's steps multiplied (at least 1 stays) and another seed (None: its own)."""
+    fields = recipe.to_dict()
+    for stage in fields["stages"]:
+        stage["steps"] = max(1, round(stage["steps"] * scale))
+    return Recipe.from_dict(fields if seed is None else {**fields, "seed": seed})
+
+
+def recovery(recipe: Recipe, folder: Path, shelf: Shelf, say: Say) -> list[Row]:
+    """Run a recipe and measure its student by what the recipe is judged by.
+
+    Args:
+        recipe: The plan; a run of it that is in the folder already goes on, or is only measured.
+        folder: Of the run.
+        shelf: Holds teacher and data.
+        say: Told what is being done.
+
+    Returns:
+        The row of ``"the teacher"``, then the student's. Both: ``recipe``, those of :data:`FIGURES` that were
+        measured, and a score a task, measure and group, such as ``"text perplexity fortunes"``. The
+        student's also: ``seed``, ``steps``, ``tokens`` read, ``minutes`` of training (without loading and the
+        teacher's own answers) and ``seconds_a_step``, in all and by stage. A run that fails has one row, with
+        a ``note``.
+    """
+    own: Row = {"recipe": recipe.name, "seed": recipe.seed, "steps": sum(s.steps for s in recipe.stages)}
+    gc.collect()  # models refer to themselves through their hooks, and stay after a run
+    torch.cuda.empty_cache()
+    try:
+        say("loading")
+        teacher, task = shelf.teacher(recipe.teacher), shelf.task(recipe.data, recipe.teacher)
+        done = distill(recipe, folder, teacher=teacher, task=task, callbacks=[_Steps(say)])
+        found = report(recipe, done.student, teacher, say=say)
+    except Exception as error:  # whatever it is, the other recipes go on
+        return [{**own, "note": f"{type(error).__name__}: {' '.join(str(error).split())}"}]
+    measured = _figures(found)
+    return [
+        {"recipe": TEACHER, **dict.fromkeys(measured, 1.0), **_scores(found, "teacher")},
+        {**own, **_cost(done.history), **measured, **_scores(found, "student")},
+    ]
+
+
+def figures(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the figures of the first recipe, as means over its seeds; none if it failed.
+
+    Those of :data:`FIGURES` that it has, ``minutes``, and ``best_peer_ppl_ratio``: the least ``ppl_ratio`` of
+    the recipes named ``peer-*``, likewise as means.
+    """
+    means: dict[str, dict[str, float]] = {}
+    runs = [row for row in rows if row["recipe"] != TEACHER]
+    for name in dict.fromkeys(row["recipe"] for row in runs):
+        own = [row for row in runs if row["recipe"] == name and "note" not in row]
+        keys = [key for key in (*FIGURES, "minutes") if own and all(key in row for row in own)]
+        means[name] = {key: sum(row[key] for row in own) / len(own) for key in keys}
+    found = dict(next(iter(means.values()), {}))
+    peers = [m["ppl_ratio"] for name, m in means.items() if name.startswith("peer-") and "ppl_ratio" in m]
+    return {**found, "best_peer_ppl_ratio": min(peers)} if peers else found
+
+
+def ordered(rows: Iterable[Row]) -> list[Row]:
+    """Order rows: the teacher, recipes, peers, ablations; within these as they come, a recipe's seeds rising.
+
+    Of rows of the same recipe and seed the last stays; the teacher's, which may be of several tasks, are joined.
+    """
+    teacher: Row = {}
+    last: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        if row["recipe"] == TEACHER:
+            teacher |= row
+        else:
+            last[row["recipe"], row["seed"]] = row
+    names = list(dict.fromkeys(name for name, _ in last))
+
+    def place(run: tuple[str, int]) -> tuple[int, int, int]:
+        name, seed = run
+        kind = next((i for i, prefix in enumerate(COMPARED, 1) if name.startswith(prefix)), 0)
+        return kind, names.index(name), seed
+
+    return [*([teacher] if teacher else []), *(last[run] for run in sorted(last, key=place))]
+
+
+def read(path: Path) -> Results:
+    """Read a file that :func:`write` made.
+
+    Raises:
+        recipes.results.ResultsError: It is no results file, or one of other rows.
+    """
+    results = Results.read(path)
+    for row in results.rows:
+        if missing := {"recipe", "seed"} - row.keys() - ({"seed"} if row.get("recipe") == TEACHER else set()):
+            raise ResultsError(
+                f"{path} holds no recoveries: a row has no {min(missing)!r}; choose another file, or write it anew "
+                "without adding to it."
+            )
+    return results
+
+
+def write(path: Path, command: str, rows: Sequence[Row], *, add: bool) -> None:
+    """Write rows as a results file.
+
+    Args:
+        path: The file.
+        command: What made the rows.
+        rows: Of :func:`recovery`.
+        add: Whether the rows that the file has stay, but for those of the same recipe and seed; other processes
+            may add to it at the same time.
+
+    Raises:
+        recipes.results.ResultsError: What is there is not such a file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock")):
+        if add and path.exists():
+            old = read(path)
+            command = " && ".join(dict.fromkeys([*old.command.split(" && "), command]))
+            rows = [*old.rows, *rows]
+        rows = ordered(rows)
+        Results(command, figures(rows), rows).write(path)
+
+
+class _Steps(TrainerCallback):
+    """Says how far the training is."""
+
+    def __init__(self, say: Say) -> None:
+        self.say = say
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.say(f"{args.run_name}, step {state.global_step} of {state.max_steps}")
+
+
+def _cost(history: Sequence[Row]) -> Row:
+    stages = spent(history)
+    steps, tokens, minutes = (sum(stage[key] for stage in stages) for key in ("steps", "tokens", "minutes"))
+    by_stage = {f"seconds_a_step {s['stage']}": round(60 * s["minutes"] / s["steps"], 4) for s in stages}
+    total = round(60 * minutes / steps, 4)
+    return {"tokens": tokens, "minutes": round(minutes, 3), "seconds_a_step": total, **by_stage}
+
+
+def _figures(found: Report) -> dict[str, float]:
+    """Name the report's figures without their task, where recall is not the task and no two tasks have them."""
+    named: dict[str, float] = {}
+    for key, value in found.figures.items():
+        measure = next((measure for measure in FIGURES if key.endswith(f"_{measure}")), key)
+        if key.removesuffix(measure) == "recall_":
+            measure = measure.replace("recovery", "recall_ratio")
+        named[key if measure in named else measure] = value
+    order = [*(name for name in FIGURES if name in named), *(name for name in named if name not in FIGURES)]
+    return {name: named[name] for name in order}
+
+
+def _scores(found: Report, side: str) -> dict[str, float]:
+    return {f"{row['task']} {row['measure']} {row['group']}": row[side] for row in found.rows}

@@ -1,0 +1,161 @@
+"""What a distillation kept of its teacher: every measure of its recipe, and the error of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from recipes.agreement import agreement
+from recipes.alignment import TRACE, Alignment, TeacherTrace
+from recipes.data import load_task
+from recipes.data.task import Task
+from recipes.evaluate import batches, evaluate, judged, perplexity, spread, to_device
+from recipes.plan import HiddenStates, Judge, Recipe
+from recipes.teachers import Teacher
+
+Say = Callable[[str], None]
+"""Told what is being measured."""
+
+LAYER_ROWS = 8
+"""Test items on which the errors of layers are measured."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a student stands beside its teacher.
+
+    Attributes:
+        rows: A row a task, measure and group: ``task``, ``measure``, ``group`` (``"all"``, or a category),
+            ``teacher``, ``student``, ``recovery`` and ``count`` (questions or tokens). Recovery is
+            the student's part of the teacher's score, or the teacher's perplexity over the student's; None
+            where the teacher's score is 0.
+        layers: A row a converted layer: ``layer``, ``injected`` (error of its mixer on the teacher's input) and
+            ``chained`` (error of the stream after it); as fractions of the teacher's squared size.
+    """
+
+    rows: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Perplexity of the student over the teacher's, agreement, and the recovery of accuracies by task.
+
+        The mean and least recovery of a task are over its groups, if it has any.
+        """
+        found: dict[str, float] = {}
+        for task in dict.fromkeys(row["task"] for row in self.rows):
+            own = [row for row in self.rows if row["task"] == task]
+            for row in own:
+                if row["group"] == "all" and row["measure"] == "perplexity":
+                    found[f"{task}_ppl_ratio"] = row["student"] / row["teacher"]
+                if row["group"] == "all" and row["measure"] == "agreement":
+                    found[f"{task}_agreement"] = row["student"]
+            scores = [row for row in own if row["measure"] == "accuracy" and row["recovery"] is not None]
+            grouped = [row["recovery"] for row in scores if row["group"] != "all"]
+            grouped = grouped or [row["recovery"] for row in scores]
+            if grouped:
+                found[f"{task}_recovery_mean"] = sum(grouped) / len(grouped)
+                found[f"{task}_recovery_min"] = min(grouped)
+        return found
+
+
+def report(
+    recipe: Recipe,
+    student: PreTrainedModel,
+    teacher: Teacher,
+    *,
+    limit: int | None = None,
+    say: Say | None = None,
+) -> Report:
+    """Measure a student and its teacher by what the recipe is judged by.
+
+    Args:
+        recipe: Its ``judged_by`` says what is measured; if that is empty, accuracy on the test split of its data.
+        student: On the teacher's device.
+        teacher: What it was distilled from.
+        limit: Use so many items of each test split, whatever the recipe says. None: as it says.
+        say: Told what is being measured.
+
+    Raises:
+        recipes.evaluate.EvaluationError: There is nothing to measure.
+        recipes.data.task.TaskError: A dataset is missing or does not suit the teacher.
+    """
+    judges = recipe.judged_by or [Judge(task=recipe.data.task, options=recipe.data.options)]
+    if limit is not None:
+        judges = [judge.model_copy(update={"limit": limit}) for judge in judges]
+    rows: list[dict[str, Any]] = []
+    tasks: list[Task] = []
+    for judge in judges:
+        tasks.append(load_task(judge, teacher.model.config, teacher.tokenizer))
+        for measure in judge.measures:
+            if say is not None:
+                say(f"{judge.task}: {measure}")
+            rows += _measured(judge, measure, tasks[-1], student, teacher.model)
+    if say is not None:
+        say("errors of layers")
+    return Report(rows, layer_errors(student, teacher.model, tasks[0]))
+
+
+def _measured(
+    judge: Judge, measure: str, task: Task, student: PreTrainedModel, teacher: PreTrainedModel
+) -> Iterator[dict[str, Any]]:
+    common = {"task": judge.task, "measure": measure}
+    sizes: dict[str, Any] = {"limit": judge.limit, "batch_size": judge.batch_size}
+    if measure == "agreement":
+        found = agreement(student, teacher, task, **sizes)
+        values = {"all": (1.0, found.agreement, found.tokens)}
+        values |= {name: (1.0, group.accuracy, group.questions) for name, group in found.groups.items()}
+    elif measure == "perplexity":
+        one, other = (perplexity(model, task, **sizes) for model in (teacher, student))
+        values = {"all": (one.perplexity, other.perplexity, one.tokens)}
+        values |= {n: (g.perplexity, other.groups[n].perplexity, g.tokens) for n, g in one.groups.items()}
+    else:
+        first, second = (evaluate(model, task, **sizes) for model in (teacher, student))
+        values = {"all": (first.accuracy, second.accuracy, first.questions)}
+        values |= {n: (g.accuracy, second.groups[n].accuracy, g.questions) for n, g in first.groups.items()}
+    for name, (whole, part, count) in values.items():
+        better, worse = (whole, part) if measure == "perplexity" else (part, whole)
+        scores = {"teacher": whole, "student": part, "recovery": better / worse if worse else None}
+        yield {**common, "group": name, **scores, "count": count}
+
+
+def layer_errors(
+    student: PreTrainedModel, teacher: PreTrainedModel, task: Task, *, limit: int = LAYER_ROWS
+) -> list[dict[str, Any]]:
+    """Measure how far each converted layer is from the teacher's, on test items.
+
+    Returns:
+        A row a layer: ``layer``, ``injected`` and ``chained``; see :class:`Report`.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for name, settings in (
+        ("injected", HiddenStates(form="injected")),
+        ("chained", HiddenStates(form="chained", at="layer")),
+    ):
+        for index, error in _errors(student, teacher, task, settings, limit).items():
+            found.setdefault(index, {})[name] = error
+    return [{"layer": index, **errors} for index, errors in sorted(found.items())]
+
+
+def _errors(
+    student: PreTrainedModel, teacher: PreTrainedModel, task: Task, settings: HiddenStates, limit: int
+) -> dict[int, float]:
+    recorder, alignment = TeacherTrace(teacher, student, settings), Alignment(student, settings, True)
+    sums: dict[int, float] = {}
+    items = spread(task.test, limit, task.name)
+    try:
+        with judged(student), judged(teacher):
+            for chunk in batches(items, 1):
+                batch = to_device(task.collate(chunk), student.device)
+                del batch["labels"]
+                trace = recorder(batch)
+                student(**batch, **{TRACE: trace}, use_cache=False, logits_to_keep=1)
+                for index, loss in (trace.losses or {}).items():
+                    sums[index] = sums.get(index, 0.0) + float(loss) / len(items)
+    finally:
+        recorder.close()
+        alignment.close()
+    return sums
