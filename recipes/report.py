@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ class Report:
         rows: A row a task, measure and group: ``task``, ``measure``, ``group`` (``"all"``, or a category),
             ``teacher``, ``student``, ``recovery`` and ``count`` (questions or tokens). Recovery is
             the student's part of the teacher's score, or the teacher's perplexity over the student's; None
-            where the teacher's score is 0.
+            where the teacher's score is 0. Accuracies also have ``trivial``, the score of answers without a look,
+            where the task knows it.
         layers: A row a converted layer: ``layer``, ``injected`` (error of its mixer on the teacher's input) and
             ``chained`` (error of the stream after it); as fractions of the teacher's squared size.
     """
@@ -116,10 +117,12 @@ def _measured(
         first, second = (evaluate(model, task, **sizes) for model in (teacher, student))
         values = {"all": (first.accuracy, second.accuracy, first.questions)}
         values |= {n: (g.accuracy, second.groups[n].accuracy, g.questions) for n, g in first.groups.items()}
+    trivial: Mapping[str, float] = getattr(task, "trivial", {}) if measure == "accuracy" else {}
     for name, (whole, part, count) in values.items():
         better, worse = (whole, part) if measure == "perplexity" else (part, whole)
         scores = {"teacher": whole, "student": part, "recovery": better / worse if worse else None}
-        yield {**common, "group": name, **scores, "count": count}
+        without = {"trivial": trivial[name]} if name in trivial else {}
+        yield {**common, "group": name, **scores, **without, "count": count}
 
 
 def layer_errors(

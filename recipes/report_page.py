@@ -85,11 +85,10 @@ def sections(found: Results, level: int = 2) -> list[str]:
     scores = rows_of(found, "scores")
     for task, measure in dict.fromkeys((row["task"], row["measure"]) for row in scores):
         own = [row for row in scores if (row["task"], row["measure"]) == (task, measure)]
-        columns = {key: key for key in ("group", "teacher", "student", "recovery")} | {
-            "count": COUNTED[measure]
-        }
-        parts += [f"{mark} {task}: {measure}"]
-        parts += [markdown_table([{name: row[key] for key, name in columns.items()} for row in own])]
+        columns = {key: key for key in ("group", "teacher", "student", "recovery", "trivial")}
+        columns["count"] = COUNTED[measure]
+        shown = [{name: row[key] for key, name in columns.items() if key in row} for row in own]
+        parts += [f"{mark} {task}: {measure}", markdown_table(shown)]
     if layers := rows_of(found, "layers"):
         parts += [f"{mark} Errors of layers"]
         parts += [

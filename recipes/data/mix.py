@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from recipes.data.rows import merge
-from recipes.data.task import Batch, Item, Task, TaskError
+from recipes.data.task import Batch, Item, MadeItems, Task, TaskError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ class BadMix(TaskError, ValueError):
     """There is nothing to mix, or a share is not positive."""
 
 
-class Mixed(Sequence[Item]):
+class Mixed(MadeItems):
     """Training items of several splits, each as often as its share says, evenly spread.
 
     It is as long as it takes until the split that lasts longest at its share is through once; the others begin again.
@@ -40,15 +40,10 @@ class Mixed(Sequence[Item]):
     def __len__(self) -> int:
         return len(self.order)
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | list[Item]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(len(self))[index]]
-        name, place = self.order[index]
-        return {"task": name, "item": self.splits[name][place]}
+    def item(self, place: int) -> Item:
+        """The row at a place."""
+        name, own = self.order[place]
+        return {"task": name, "item": self.splits[name][own]}
 
 
 class Mix:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from mixers.errors import near
 from recipes.data.problems import KINDS, MOST, PASSAGE, WORDS, Problem
-from recipes.data.task import IGNORED, Batch, Item, TaskError, UnsupportedModel, pad
+from recipes.data.task import IGNORED, Batch, Item, MadeItems, TaskError, UnsupportedModel, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ class BadLength(TaskError, ValueError):
     """A prompt of that length cannot be made."""
 
 
-class Problems(Sequence[Item]):
+class Problems(MadeItems):
     """One split: ``size`` problems of each kind at each length, the shortest first, each made when asked for."""
 
     def __init__(self, task: Recall, words: Sequence[str], split: str, size: int) -> None:
@@ -50,15 +50,9 @@ class Problems(Sequence[Item]):
     def __len__(self) -> int:
         return len(self.groups) * self.size
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | list[Item]:
-        places = range(len(self))[index]
-        if isinstance(places, range):
-            return [self[place] for place in places]
-        group, number = divmod(places, self.size)
+    def item(self, place: int) -> Item:
+        """The problem at a place of the split."""
+        group, number = divmod(place, self.size)
         length, kind = self.groups[group]
         return self.make(kind, length, number)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ class Task(Protocol):
     `train` and `test` are map-style sequences of dicts, so they go to a `DataLoader` or a `Trainer` as they
     are, with `collate` as the collator. A batch holds exactly the keyword arguments of the model's forward.
     Where rows differ much in length, `train` may have an attribute `sizes`, about how many tokens each item
-    has; rows of like size are then batched together.
+    has; rows of like size are then batched together. A task may also have an attribute `trivial`, category → the
+    score that answers without a look would have; reports show it.
 
     Attributes:
         name: Short name for tables and file names.
@@ -80,6 +82,22 @@ class Task(Protocol):
     def score(self, item: Item, generated_ids: Tensor) -> float:
         """Judge newly generated ids [N], the prompt cut off: 1.0 if they are the item's answer, down to 0.0."""
         ...
+
+
+class MadeItems(Sequence[Item]):
+    """A split whose items are made when they are asked for."""
+
+    @abstractmethod
+    def item(self, place: int) -> Item:
+        """Make the item at a place from 0 up."""
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        places = range(len(self))[index]
+        return [self.item(place) for place in places] if isinstance(places, range) else self.item(places)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"]) -> Tensor:

@@ -66,6 +66,15 @@ def hooks_of(*models: torch.nn.Module) -> int:
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts)
 
 
+def test_what_trivial_answers_reach_stands_beside_the_teacher(teacher: Teacher, task: Riddles) -> None:
+    task.trivial = {"known": 0.25}
+    plan = recipe(stage(), judged_by=[{"task": "riddles", "measures": ["accuracy", "perplexity"]}])
+    found = report(plan, student_of(teacher), teacher)
+    assert [(r["measure"], r["group"], r["trivial"]) for r in found.rows if "trivial" in r] == [
+        ("accuracy", "known", 0.25)
+    ]
+
+
 def test_a_twin_keeps_everything(teacher: Teacher, task: Riddles) -> None:
     twin = student_of(teacher, "attention")
     plan = recipe(stage(), judged_by=[{"task": "riddles", "measures": MEASURES, "batch_size": 4}])

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple
 
 from mixers.errors import near
 from recipes.data.pictures.films import CLIPS, SHAPES
@@ -19,7 +19,7 @@ from recipes.data.pictures.question import COLORS, Group
 from recipes.data.pictures.shelf import Shelf, shelf
 from recipes.data.pictures.slideshows import NEEDLE, SLIDESHOW
 from recipes.data.pictures.stills import CORNERS, NAMES, READING
-from recipes.data.task import DatasetNotInstalled, Item, TaskError, VideoTooShort
+from recipes.data.task import DatasetNotInstalled, Item, MadeItems, TaskError, VideoTooShort
 from recipes.data.visual import Shown, VisualTask
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Baseline(NamedTuple):
         return max(self)
 
 
-class Questions(Sequence[Item]):
+class Questions(MadeItems):
     """One split: `size` questions of each group, of the long ones at each length, each made when asked for."""
 
     def __init__(self, task: Pictures, shelf: Shelf, split: str, lengths: Sequence[int], size: int) -> None:
@@ -93,15 +93,9 @@ class Questions(Sequence[Item]):
         """About how many vision tokens each question has."""
         return [length for _, length in self.kinds for _ in range(self.size)]
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | list[Item]:
-        places = range(len(self))[index]
-        if isinstance(places, range):
-            return [self[place] for place in places]
-        kind, number = divmod(places, self.size)
+    def item(self, place: int) -> Item:
+        """The question at a place of the split."""
+        kind, number = divmod(place, self.size)
         return self.make(*self.kinds[kind], number)
 
     def make(self, group: str, length: int, number: int) -> Item:
@@ -204,6 +198,11 @@ class Pictures(VisualTask):
             Shown([self.canvas.cut(frame, self.patcher) for frame in item["frames"]], item["video"])
             for item in items
         ]
+
+    @property
+    def trivial(self) -> dict[str, float]:
+        """The better of the two baselines in each category."""
+        return {category: baseline.best for category, baseline in self.baselines.items()}
 
     @cached_property
     def baselines(self) -> dict[str, Baseline]:
