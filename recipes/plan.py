@@ -123,14 +123,21 @@ class Judge(TaskSpec):
             teacher's greedy continuations.
         limit: Items of the test split, spread evenly over it; null: all.
         batch_size: Items at a time.
+        name: What its rows and figures are called; null: as the task.
     """
 
     term: ClassVar[str] = "judged_by"
+    name: str | None = None
     measures: Annotated[list[Literal["accuracy", "perplexity", "agreement"]], Field(min_length=1)] = [
         "accuracy"
     ]
     limit: Count | None = None
     batch_size: Count = 8
+
+    @property
+    def label(self) -> str:
+        """The name, or else the task's."""
+        return self.name or self.task
 
 
 class Weighted(Part):
@@ -330,6 +337,9 @@ class Recipe(Part):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages must have different names, found {names}")
+        measured = [f"{judge.label}: {measure}" for judge in self.judged_by for measure in judge.measures]
+        if len(set(measured)) < len(measured):
+            raise ValueError(f"what is judged twice must have different names, found {measured}")
         return self
 
     @classmethod

@@ -28,7 +28,7 @@ class Report:
     """How a student stands beside its teacher.
 
     Attributes:
-        rows: A row a task, measure and group: ``task``, ``measure``, ``group`` (``"all"``, or a category),
+        rows: A row a task, measure and group: ``task`` (its label), ``measure``, ``group`` (``"all"``, or a category),
             ``teacher``, ``student``, ``recovery`` and ``count`` (questions or tokens). Recovery is
             the student's part of the teacher's score, or the teacher's perplexity over the student's; None
             where the teacher's score is 0. Accuracies also have ``trivial``, the score of answers without a look,
@@ -93,7 +93,7 @@ def report(
         tasks.append(load_task(judge, teacher.model.config, teacher.tokenizer))
         for measure in judge.measures:
             if say is not None:
-                say(f"{judge.task}: {measure}")
+                say(f"{judge.label}: {measure}")
             rows += _measured(judge, measure, tasks[-1], student, teacher.model)
     if say is not None:
         say("errors of layers")
@@ -103,7 +103,7 @@ def report(
 def _measured(
     judge: Judge, measure: str, task: Task, student: PreTrainedModel, teacher: PreTrainedModel
 ) -> Iterator[dict[str, Any]]:
-    common = {"task": judge.task, "measure": measure}
+    common = {"task": judge.label, "measure": measure}
     sizes: dict[str, Any] = {"limit": judge.limit, "batch_size": judge.batch_size}
     if measure == "agreement":
         found = agreement(student, teacher, task, **sizes)

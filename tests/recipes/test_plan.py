@@ -70,6 +70,14 @@ def test_bad_value_is_refused_and_named(fields, where):
         recipe(fields)
 
 
+def test_one_measure_of_one_task_is_asked_twice_only_under_two_names():
+    twice = [{"task": "text", "options": {"length": length}} for length in (64, 128)]
+    with pytest.raises(InvalidRecipeError, match="different names"):
+        recipe(stage(), judged_by=twice)
+    plan = recipe(stage(), judged_by=[twice[0], {**twice[1], "name": "text at 128"}])
+    assert [judge.label for judge in plan.judged_by] == ["text", "text at 128"]
+
+
 def test_what_judges_are_is_read_and_defaults_to_accuracy_of_everything():
     assert recipe(stage()).judged_by == []
     plan = recipe(stage(), judged_by=["recall", {"task": "text", "measures": ["perplexity"], "limit": 5}])
