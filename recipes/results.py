@@ -203,10 +203,16 @@ def first_and_last(history: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def spent(history: Sequence[Row]) -> list[dict[str, Any]]:
-    """Sum up what a distillation cost: a row a stage, with its steps, tokens and minutes."""
+    """Sum up what a distillation cost: a row a stage, with its steps, tokens, minutes, and tokens a second."""
     last = {entry["stage"]: entry for entry in history}
     return [
-        {"stage": stage, "steps": end["step"], "tokens": end["tokens"], "minutes": end["seconds"] / 60}
+        {
+            "stage": stage,
+            "steps": end["step"],
+            "tokens": end["tokens"],
+            "minutes": end["seconds"] / 60,
+            "tokens_a_second": end["tokens"] / end["seconds"] if end["seconds"] else None,
+        }
         for stage, end in last.items()
     ]
 

@@ -78,7 +78,7 @@ def test_the_page_has_a_table_a_task_and_measure_and_says_how_it_was_made(tmp_pa
         "| count 128 | 0 | 0 | – | 10 |",
         "| 3 | 0.02 | 0 |",
         "| two | token_kd | 4 | 2 |",
-        "| two | 2 | 2,000 | 1 |",
+        "| two | 2 | 2,000 | 1 | 33.3 |",
     ):
         assert line in page.splitlines(), line
     assert "`linmu evaluate x` on " in page
