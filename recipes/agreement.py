@@ -64,8 +64,9 @@ def agreement(
     done = 0
     with judged(student), judged(teacher):
         for chunk in batches(items, batch_size):
-            answers = greedy_answers(teacher, task.prompts(chunk), task.max_new_tokens)
-            rows = [answered(task.prompts([item]), answer) for item, answer in zip(chunk, answers)]
+            prompts = [task.prompts([item]) for item in chunk]
+            answers = greedy_answers(teacher, merge(prompts, pad_id, side="left"), task.max_new_tokens)
+            rows = [answered(prompt, answer) for prompt, answer in zip(prompts, answers)]
             batch = to_device(merge(rows, pad_id), student.device)
             mask = predicted_tokens(batch, "labelled")
             next_tokens = batch.pop("labels").roll(-1, dims=1)

@@ -52,7 +52,8 @@ def token_kd(
     tensor of more than ``chunk`` rows is ever alive.
 
     Args:
-        student_head: Student's last hidden states [M, D] to logits [M, V]; its parameters get gradients too.
+        student_head: Student's last hidden states [M, D] to logits [M, V], with V as ``out_features``; its parameters
+            get gradients too.
         teacher_head: The teacher's; no gradient goes through it.
         student: Last hidden states [M, D] of the tokens to learn from.
         teacher: The teacher's [M, D'].
@@ -88,7 +89,7 @@ def cross_entropy(
     """Cross-entropy of labels under the student, with logits made in chunks as in :func:`token_kd`.
 
     Args:
-        head: Last hidden states to logits; its parameters get gradients too.
+        head: As ``student_head`` there.
         hidden: [M, D], at the tokens before the labelled ones.
         labels: int [M].
         chunk: Tokens at a time. Default: as many as make :data:`LOGITS`.
@@ -111,9 +112,8 @@ def _chunked(
     other: Tensor,
     chunk: int | None,
 ) -> Tensor:
-    if chunk is None:
-        with torch.no_grad():
-            chunk = max(LOGITS // head(hidden[:1].detach()).shape[-1], 1) if len(hidden) else 1
+    vocabulary: Any = head.out_features
+    chunk = chunk or max(LOGITS // vocabulary, 1)
     weights = [p for p in head.parameters() if p.requires_grad]
     return _WithGradients.apply(loss, chunk, other, hidden, *weights)
 
@@ -187,6 +187,7 @@ class OutputHead(nn.Module):
         config = model.config.get_text_config(decoder=True)
         scale = getattr(config, "logit_scale", None) or 1.0
         self.linear = linear
+        self.out_features: int = linear.out_features
         self.factor = scale / (getattr(config, "logits_scaling", None) or 1.0)
         self.cap = getattr(config, "final_logit_softcapping", None)
 

@@ -88,16 +88,18 @@ def report(
     if limit is not None:
         judges = [judge.model_copy(update={"limit": limit}) for judge in judges]
     rows: list[dict[str, Any]] = []
-    tasks: list[Task] = []
+    tasks: dict[str, Task] = {}
     for judge in judges:
-        tasks.append(load_task(judge, teacher.model.config, teacher.tokenizer))
+        key = judge.model_dump_json(include={"task", "options"})
+        if key not in tasks:
+            tasks[key] = load_task(judge, teacher.model.config, teacher.tokenizer)
         for measure in judge.measures:
             if say is not None:
                 say(f"{judge.label}: {measure}")
-            rows += _measured(judge, measure, tasks[-1], student, teacher.model)
+            rows += _measured(judge, measure, tasks[key], student, teacher.model)
     if say is not None:
         say("errors of layers")
-    return Report(rows, layer_errors(student, teacher.model, tasks[0]))
+    return Report(rows, layer_errors(student, teacher.model, next(iter(tasks.values()))))
 
 
 def _measured(

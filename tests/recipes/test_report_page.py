@@ -40,15 +40,6 @@ HISTORY = [
 ]
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that were saved."""
-    figures: list[Any] = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
-    return figures
-
-
 def panels_of(figure: Any) -> dict[str, Any]:
     return {axes.get_title(): axes for axes in figure.get_axes()}
 
