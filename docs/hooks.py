@@ -13,6 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from recipes.bench.bars import BARS, best_at, summed
+from recipes.bench.recovery import BY_STAGE
 from recipes.report_page import COUNTED, sections
 from recipes.results import Results, markdown_table, show
 
@@ -189,11 +190,12 @@ def _summed(values: list[Any]) -> Any:
 
 def _group(key: str) -> tuple[str, str]:
     """Split ``"text perplexity fortunes"`` into a table and its column; the first is empty for a single figure."""
-    first, _, rest = key.partition(" ")
-    measure, _, group = rest.partition(" ")
-    if measure in COUNTED:
-        return f"{first}: {measure}", group
-    return ("seconds a step", rest) if first == "seconds_a_step" and rest else ("", key)
+    for measure in COUNTED:
+        task, found, group = key.partition(f" {measure} ")
+        if found:
+            return f"{task}: {measure}", group
+    name, _, stage = key.partition(" ")
+    return (name.replace("_", " "), stage) if name in BY_STAGE and stage else ("", key)
 
 
 def _read(folder: Path, name: str) -> Results | None:

@@ -6,20 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from recipes.terminal import EXIT_CODES, Commands, Json, command_line, out, spinner
+from recipes.terminal import EXIT_CODES, Commands, Device, Json, command_line, out, spinner
 
 data = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     epilog=EXIT_CODES,
-    help="Get the texts that recipes train on and judge by.",
+    help="Get the texts that recipes train on and judge by, and have chats written.",
 )
-
-
-@data.callback()
-def _data() -> None:
-    """Keep `fetch` a command of its own, though it is the only one."""
 
 
 @data.command(epilog=EXIT_CODES)
@@ -73,3 +68,60 @@ def fetch(
     out.print(f"They are in {cache_folder()}.", markup=False, soft_wrap=True)
     if json is not None:
         Results(command_line(ctx), {"megabytes": round(sum(row["MB"] for row in rows), 1)}, rows).write(json)
+
+
+@data.command(epilog=EXIT_CODES)
+def chats(
+    ctx: typer.Context,
+    teacher: Annotated[
+        str, typer.Option(metavar="MODEL", help="Who answers: a teacher's name, folder or file.")
+    ] = "smollm2-135m",
+    conversations: Annotated[int, typer.Option(min=1, metavar="N", help="How many to make.")] = 6000,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="Answers generated at once.")] = 512,
+    seed: Annotated[int, typer.Option(metavar="S", help="Of requests and answers.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0.01, metavar="T", help="Of the sampling; lower is more predictable.")
+    ] = 0.7,
+    device: Device = None,
+    json: Json = None,
+) -> None:
+    """Let a teacher chat with made-up users, for the dataset "chats" to train on.
+
+    They ask about excerpts of the corpora that are trained on, whose tokens
+    must be there (linmu data fetch), and some ask again. Minutes on a GPU.
+    The chats are kept beside the tokens; what is there is not made again.
+
+    [dim]linmu data chats[/]
+    [dim]linmu data chats --teacher smollm2-135m --conversations 12000 --seed 1[/]
+    """
+    with spinner("loading"):
+        from recipes.data.dialogue import chats_path, make_chats
+        from recipes.models import best_device
+        from recipes.plan import TeacherSpec
+        from recipes.results import Results, table
+        from recipes.teachers import load_teacher
+
+        where = device or best_device()
+        loaded = load_teacher(TeacherSpec(model=teacher, dtype="float32" if where == "cpu" else "bfloat16"))
+        loaded.model.to(where)  # type: ignore[arg-type]
+    with spinner("answering") as say:
+        made = make_chats(
+            loaded.model,
+            loaded.tokenizer,
+            conversations,
+            teacher=teacher,
+            seed=seed,
+            temperature=temperature,
+            batch_size=batch_size,
+            progress=lambda done, total: say(done, "of", total),
+        )
+    path = chats_path(loaded.tokenizer, teacher, seed)
+    figures = {
+        "conversations": len(made) // 2,
+        "tokens": made.about["tokens"],
+        "MB": round(path.stat().st_size / 1e6, 1),
+    }
+    out.print(table([figures], title=f"chats with {teacher}"))
+    out.print(f"They are in {path}.", markup=False, soft_wrap=True)
+    if json is not None:
+        Results(command_line(ctx), figures, [made.about["settings"]]).write(json)

@@ -35,7 +35,7 @@ class Distilled:
         teacher: What it was distilled from.
         task: The dataset.
         history: Log entries: ``stage``, ``step``, ``loss``, each loss by name, ``learning_rate``,
-            ``tokens`` and ``seconds`` since the stage began.
+            ``tokens`` and ``seconds`` since the stage began, and of a GPU ``gpu_busy`` and ``peak_gib``.
         out: The run's folder.
     """
 

@@ -7,15 +7,18 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from recipes.data.task import IGNORED, Batch, Item, Task
 from recipes.errors import RecipeError
+from recipes.losses import predicted_tokens
 
+One = TypeVar("One")
 Progress = Callable[[int, int], None]
 """Told (done, total) after each batch."""
 
@@ -159,7 +162,7 @@ def perplexity(
     """Measure the perplexity of the labelled tokens of the task's test split.
 
     Args:
-        model: Any model whose forward takes labels and returns their mean loss.
+        model: Any model whose forward takes ``logits_to_keep``.
         task: Its ``collate`` makes the batches, each of one category.
         limit: Use so many items, spread evenly over the split. None: all.
         batch_size: Items a batch.
@@ -173,27 +176,54 @@ def perplexity(
     by_group: dict[str | None, list[Item]] = {}
     for item in items:
         by_group.setdefault(item.get("category"), []).append(item)
-    losses, tokens, done = dict.fromkeys(by_group, 0.0), dict.fromkeys(by_group, 0), 0
+    sums: dict[str | None, float] = {}
+    tokens: dict[str | None, int] = {}
+    done = 0
     with judged(model):
         for name, members in by_group.items():
+            losses: list[Tensor] = []  # read from the device when all of them are under way
+            labels: list[Tensor] = []
             for chunk in batches(members, batch_size):
-                batch = to_device(task.collate(chunk), model.device)
-                labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
-                if labelled:
-                    losses[name] += float(model(**batch, use_cache=False).loss) * labelled
-                tokens[name] += labelled
+                logits, wanted = predictions(model, task.collate(chunk))
+                losses += [
+                    F.cross_entropy(row.float(), ids, ignore_index=IGNORED, reduction="sum")
+                    for row, ids in zip(logits, wanted)
+                ]
+                labels.append((wanted != IGNORED).sum())
                 done += len(chunk)
                 if progress is not None:
                     progress(done, len(items))
-    total, labels = sum(losses.values()), sum(tokens.values())
-    if not labels or not math.isfinite(total):
-        raise EvaluationError(f"{task.name}: the loss of {labels} labelled tokens is {total}; no perplexity.")
+            sums[name], tokens[name] = math.fsum(torch.stack(losses).tolist()), int(sum(labels))
+    total, count = sum(sums.values()), sum(tokens.values())
+    if not count or not math.isfinite(total):
+        raise EvaluationError(f"{task.name}: the loss of {count} labelled tokens is {total}; no perplexity.")
     groups = {
-        name: PerplexityGroup(math.exp(losses[name] / tokens[name]), tokens[name])
+        name: PerplexityGroup(math.exp(sums[name] / tokens[name]), tokens[name])
         for name in by_group
         if name is not None and tokens[name]
     }
-    return Perplexity(task.name, math.exp(total / labels), labels, time.perf_counter() - start, groups)
+    return Perplexity(task.name, math.exp(total / count), count, time.perf_counter() - start, groups)
+
+
+def predictions(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Let a model predict the labelled tokens of a batch.
+
+    Logits are made only where the next token of some row is labelled.
+
+    Args:
+        model: Its forward takes ``logits_to_keep``.
+        batch: On any device, with ``labels`` [B, N].
+
+    Returns:
+        Logits [B, M, V] of the model's dtype, and the ids [B, M] that should come, -100 where none is labelled.
+    """
+    mask = predicted_tokens(batch, "labelled")
+    places = mask.any(0).nonzero()[:, 0]
+    wanted = batch["labels"].roll(-1, dims=1).masked_fill(~mask, IGNORED)[:, places]
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    keep = places.to(model.device)
+    logits = model(**to_device(inputs, model.device), use_cache=False, logits_to_keep=keep).logits
+    return logits, wanted.to(model.device)
 
 
 def spread(items: Sequence[Item], limit: int | None, name: str) -> list[Item]:
@@ -206,7 +236,7 @@ def spread(items: Sequence[Item], limit: int | None, name: str) -> list[Item]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+def batches(items: Sequence[One], size: int) -> Iterator[Sequence[One]]:
     """Cut items into batches."""
     return (items[start : start + size] for start in range(0, len(items), size))
 

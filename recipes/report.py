@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from recipes.agreement import agreement
 from recipes.alignment import TRACE, Alignment, TeacherTrace
-from recipes.data import load_task
 from recipes.data.task import Task
 from recipes.evaluate import batches, evaluate, judged, perplexity, spread, to_device
 from recipes.plan import HiddenStates, Judge, Recipe
 from recipes.teachers import Teacher
+from recipes.yardstick import Yardstick
 
 Say = Callable[[str], None]
 """Told what is being measured."""
@@ -31,8 +32,9 @@ class Report:
         rows: A row a task, measure and group: ``task`` (its label), ``measure``, ``group`` (``"all"``, or a category),
             ``teacher``, ``student``, ``recovery`` and ``count`` (questions or tokens). Recovery is
             the student's part of the teacher's score, or the teacher's perplexity over the student's; None
-            where the teacher's score is 0. Accuracies also have ``trivial``, the score of answers without a look,
-            where the task knows it.
+            where the teacher's score is 0. Accuracies also have, where the task knows it, ``trivial``, the score of
+            answers without a look, and ``above_trivial``, by how much the teacher's is higher; and, where the task
+            shows pictures, ``long_video``, whether the group is one of long videos.
         layers: A row a converted layer: ``layer``, ``injected`` (error of its mixer on the teacher's input) and
             ``chained`` (error of the stream after it); as fractions of the teacher's squared size.
     """
@@ -42,11 +44,15 @@ class Report:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Perplexity of the student over the teacher's, agreement, and the recovery of accuracies by task.
+        """The few numbers that sum the rows up.
 
-        The mean and least recovery of a task are over its groups, if it has any.
+        By task: perplexity of the student over the teacher's, agreement, and the mean and least recovery of
+        accuracies, over the task's groups if it has any. Tasks that show pictures are taken together:
+        ``recovery_mean`` and ``recovery_min`` are over the groups of all of them, ``recovery_long_video`` is the mean
+        over those of long videos. ``above_trivial_min`` is the least by which the teacher stands above trivial answers.
         """
         found: dict[str, float] = {}
+        pictured: list[dict[str, Any]] = []
         for task in dict.fromkeys(row["task"] for row in self.rows):
             own = [row for row in self.rows if row["task"] == task]
             for row in own:
@@ -55,18 +61,28 @@ class Report:
                 if row["group"] == "all" and row["measure"] == "agreement":
                     found[f"{task}_agreement"] = row["student"]
             scores = [row for row in own if row["measure"] == "accuracy" and row["recovery"] is not None]
-            grouped = [row["recovery"] for row in scores if row["group"] != "all"]
-            grouped = grouped or [row["recovery"] for row in scores]
-            if grouped:
-                found[f"{task}_recovery_mean"] = sum(grouped) / len(grouped)
-                found[f"{task}_recovery_min"] = min(grouped)
+            scores = [row for row in scores if row["group"] != "all"] or scores
+            if any("long_video" in row for row in scores):
+                pictured += scores
+            else:
+                found |= {f"{task}_{name}": value for name, value in _recovery(scores).items()}
+        found |= _recovery(pictured)
+        if long := [row["recovery"] for row in pictured if row["long_video"]]:
+            found["recovery_long_video"] = fmean(long)
+        if above := [row["above_trivial"] for row in self.rows if "above_trivial" in row]:
+            found["above_trivial_min"] = min(above)
         return found
+
+
+def _recovery(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    values = [row["recovery"] for row in rows]
+    return {"recovery_mean": fmean(values), "recovery_min": min(values)} if values else {}
 
 
 def report(
     recipe: Recipe,
     student: PreTrainedModel,
-    teacher: Teacher,
+    teacher: Teacher | Yardstick,
     *,
     limit: int | None = None,
     say: Say | None = None,
@@ -76,7 +92,8 @@ def report(
     Args:
         recipe: Its ``judged_by`` says what is measured; if that is empty, accuracy on the test split of its data.
         student: On the teacher's device.
-        teacher: What it was distilled from.
+        teacher: What it was distilled from. A yardstick of it measures for all its students only once what is the
+            teacher's own.
         limit: Use so many items of each test split, whatever the recipe says. None: as it says.
         say: Told what is being measured.
 
@@ -87,44 +104,48 @@ def report(
     judges = recipe.judged_by or [Judge(task=recipe.data.task, options=recipe.data.options)]
     if limit is not None:
         judges = [judge.model_copy(update={"limit": limit}) for judge in judges]
+    yardstick = teacher if isinstance(teacher, Yardstick) else Yardstick(teacher)
     rows: list[dict[str, Any]] = []
-    tasks: dict[str, Task] = {}
     for judge in judges:
-        key = judge.model_dump_json(include={"task", "options"})
-        if key not in tasks:
-            tasks[key] = load_task(judge, teacher.model.config, teacher.tokenizer)
         for measure in judge.measures:
             if say is not None:
                 say(f"{judge.label}: {measure}")
-            rows += _measured(judge, measure, tasks[key], student, teacher.model)
+            rows += _measured(judge, measure, student, yardstick)
     if say is not None:
         say("errors of layers")
-    return Report(rows, layer_errors(student, teacher.model, next(iter(tasks.values()))))
+    return Report(rows, layer_errors(student, yardstick.teacher.model, yardstick.task(judges[0])))
 
 
 def _measured(
-    judge: Judge, measure: str, task: Task, student: PreTrainedModel, teacher: PreTrainedModel
+    judge: Judge, measure: str, student: PreTrainedModel, yardstick: Yardstick
 ) -> Iterator[dict[str, Any]]:
+    task = yardstick.task(judge)
     common = {"task": judge.label, "measure": measure}
     sizes: dict[str, Any] = {"limit": judge.limit, "batch_size": judge.batch_size}
+    trivial: Mapping[str, float] = {}
+    long_videos: Collection[str] | None = None
     if measure == "agreement":
-        found = agreement(student, teacher, task, **sizes)
+        found = agreement(student, yardstick.continuations(judge), batch_size=judge.batch_size)
         values = {"all": (1.0, found.agreement, found.tokens)}
         values |= {name: (1.0, group.accuracy, group.questions) for name, group in found.groups.items()}
     elif measure == "perplexity":
-        one, other = (perplexity(model, task, **sizes) for model in (teacher, student))
+        one, other = yardstick.perplexity(judge), perplexity(student, task, **sizes)
         values = {"all": (one.perplexity, other.perplexity, one.tokens)}
         values |= {n: (g.perplexity, other.groups[n].perplexity, g.tokens) for n, g in one.groups.items()}
     else:
-        first, second = (evaluate(model, task, **sizes) for model in (teacher, student))
+        first, second = yardstick.accuracy(judge), evaluate(student, task, **sizes)
         values = {"all": (first.accuracy, second.accuracy, first.questions)}
         values |= {n: (g.accuracy, second.groups[n].accuracy, g.questions) for n, g in first.groups.items()}
-    trivial: Mapping[str, float] = getattr(task, "trivial", {}) if measure == "accuracy" else {}
+        trivial, long_videos = getattr(task, "trivial", {}), getattr(task, "long_videos", None)
     for name, (whole, part, count) in values.items():
         better, worse = (whole, part) if measure == "perplexity" else (part, whole)
-        scores = {"teacher": whole, "student": part, "recovery": better / worse if worse else None}
-        without = {"trivial": trivial[name]} if name in trivial else {}
-        yield {**common, "group": name, **scores, **without, "count": count}
+        row = {**common, "group": name, "teacher": whole, "student": part}
+        row["recovery"] = better / worse if worse else None
+        if name in trivial:
+            row |= {"trivial": trivial[name], "above_trivial": whole - trivial[name]}
+        if long_videos is not None:
+            row["long_video"] = name in long_videos
+        yield {**row, "count": count}
 
 
 def layer_errors(

@@ -14,6 +14,9 @@ from recipes.results import Results, Row, first_and_last, markdown_table, spent,
 COUNTED = {"accuracy": "questions", "agreement": "tokens", "perplexity": "tokens"}
 """Measure → what it is taken over."""
 
+SHOWN = ("group", "teacher", "student", "recovery", "trivial", "above_trivial")
+"""What the page shows of a row of scores, besides the count."""
+
 PAGE, PICTURE, NUMBERS = "report.md", "report.png", "report.json"
 
 
@@ -85,8 +88,7 @@ def sections(found: Results, level: int = 2) -> list[str]:
     scores = rows_of(found, "scores")
     for task, measure in dict.fromkeys((row["task"], row["measure"]) for row in scores):
         own = [row for row in scores if (row["task"], row["measure"]) == (task, measure)]
-        columns = {key: key for key in ("group", "teacher", "student", "recovery", "trivial")}
-        columns["count"] = COUNTED[measure]
+        columns = {key: key for key in SHOWN} | {"count": COUNTED[measure]}
         shown = [{name: row[key] for key, name in columns.items() if key in row} for row in own]
         parts += [f"{mark} {task}: {measure}", markdown_table(shown)]
     if layers := rows_of(found, "layers"):

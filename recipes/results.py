@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich import box
@@ -203,23 +204,29 @@ def first_and_last(history: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def spent(history: Sequence[Row]) -> list[dict[str, Any]]:
-    """Sum up what a distillation cost: a row a stage, with its steps, tokens, minutes, and tokens a second."""
-    last = {entry["stage"]: entry for entry in history}
-    return [
-        {
-            "stage": stage,
-            "steps": end["step"],
-            "tokens": end["tokens"],
-            "minutes": end["seconds"] / 60,
-            "tokens_a_second": end["tokens"] / end["seconds"] if end["seconds"] else None,
-        }
-        for stage, end in last.items()
-    ]
+    """Sum up what a distillation cost, a row a stage.
+
+    Returns:
+        Each with ``stage``, ``steps``, ``tokens``, ``minutes``, ``tokens_a_second``, and of a run on a GPU
+        ``gpu_busy``, the mean of what was seen at log entries, and ``peak_gib``; see
+        :func:`recipes.trainer.gpu_load`.
+    """
+    rows = []
+    for stage in dict.fromkeys(entry["stage"] for entry in history):
+        entries = [entry for entry in history if entry["stage"] == stage]
+        end = entries[-1]
+        row = {"stage": stage, "steps": end["step"], "tokens": end["tokens"], "minutes": end["seconds"] / 60}
+        row["tokens_a_second"] = end["tokens"] / end["seconds"] if end["seconds"] else None
+        for name, together in (("gpu_busy", fmean), ("peak_gib", max)):
+            if seen := [entry[name] for entry in entries if name in entry]:
+                row[name] = together(seen)
+        rows.append(row)
+    return rows
 
 
 def loss_names(history: Sequence[Row]) -> list[str]:
     """Return the keys of a history's entries that are losses, in order."""
-    others = ("stage", "step", "learning_rate", "tokens", "seconds")
+    others = ("stage", "step", "learning_rate", "tokens", "seconds", "gpu_busy", "peak_gib")
     return [name for name in dict.fromkeys(key for entry in history for key in entry) if name not in others]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -26,6 +27,8 @@ from recipes.plan import Stage
 
 WEIGHTS = "model.safetensors"
 STAGING = ".saving"
+GPU_LOAD = ("gpu_busy", "peak_gib")
+"""What :func:`gpu_load` tells."""
 
 
 def training_arguments(
@@ -144,12 +147,13 @@ class DistillTrainer(Trainer):
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """What was logged: stage, step, loss, each loss by name, learning rate, tokens and seconds so far."""
-        keys = ("loss", *self.stage.losses.weights, "learning_rate", "tokens", "seconds")
+        """What was logged: stage, step, loss, each loss by name, learning rate, tokens and seconds so far.
+
+        On a GPU also what :func:`gpu_load` says.
+        """
+        keys = ("step", "loss", *self.stage.losses.weights, "learning_rate", "tokens", "seconds", *GPU_LOAD)
         entries = (entry for entry in self.state.log_history if "loss" in entry)
-        return [
-            {"stage": self.stage.name, "step": e["step"], **{key: e[key] for key in keys}} for e in entries
-        ]
+        return [{"stage": self.stage.name, **{key: e[key] for key in keys if key in e}} for e in entries]
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Train; see ``transformers.Trainer.train``. The hooks are gone afterwards, whatever happened.
@@ -159,6 +163,8 @@ class DistillTrainer(Trainer):
             CheckpointError: A checkpoint could not be read or written.
         """
         resume = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
+        if self.args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.args.device)
         try:
             return super().train(resume_from_checkpoint=resume, **kwargs)
         finally:
@@ -206,7 +212,7 @@ class DistillTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with each loss by name, tokens and seconds."""
+        """Log, with each loss by name, tokens, seconds and the load of the GPU."""
         if "loss" in logs:
             # Over the steps that had tokens for a loss: not each has rows of both kinds.
             steps = {name: max(int(self._steps[name]), 1) for name in self.stage.losses.weights}
@@ -216,6 +222,7 @@ class DistillTrainer(Trainer):
             # In the order of history; grad_norm last.
             logs = {"loss": logs["loss"], **named, **logs}
             logs |= {"tokens": self.state.num_input_tokens_seen, "seconds": round(self._seconds(), 3)}
+            logs |= gpu_load(self.args.device)
         super().log(logs)
 
     def _seconds(self) -> float:
@@ -285,6 +292,22 @@ class DistillTrainer(Trainer):
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.student.named_parameters() if p.requires_grad}
+
+
+def gpu_load(device: torch.device) -> dict[str, float]:
+    """Tell how much of a GPU is in use.
+
+    Returns:
+        ``gpu_busy``: the share of the last moments, at most a second, in which a kernel ran, of whichever process;
+        left out where the package nvidia-ml-py is not installed or the driver does not tell. ``peak_gib``: the most
+        memory that tensors of this process took, since its peak was reset. Nothing for another device.
+    """
+    if device.type != "cuda":
+        return {}
+    load = {}
+    with contextlib.suppress(Exception):  # a missing package, and each refusal of a driver, has its own type
+        load["gpu_busy"] = torch.cuda.utilization(device) / 100
+    return {**load, "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}
 
 
 class LikeSizes(torch.utils.data.Sampler[int]):

@@ -261,9 +261,10 @@ def recovery(
 ) -> None:
     """Run recipes and lay what they recover of their teachers side by side.
 
-    Each is distilled and judged as it says itself. A run that fails is a row with
-    a note, and the rest go on; a run that was killed goes on when the same command
-    is given again. With --add several processes, one a GPU, fill one file.
+    Each is distilled and judged as it says itself; a teacher's own scores are
+    measured once. A run that fails is a row with a note, and the rest go on; a run
+    that was killed goes on when the same command is given again. With --add several
+    processes, one a GPU, fill one file.
 
     [dim]linmu bench recovery linmu-smollm2-135m 'peer-*' --json recovery.json[/]
     [dim]linmu bench recovery 'ablate-text-*' --scale 0.45 --seeds 0,1,2 --json a.json --add[/]
@@ -272,7 +273,7 @@ def recovery(
         raise UsageError(f"--scale must be positive, found {scale:g}.")
     numbers = _seeds(seeds)
     with spinner("loading"):
-        from recipes.bench.recovery import FIGURES, Shelf, chosen, ordered, read, scaled, write
+        from recipes.bench.recovery import FIGURES, OF_TEACHER, Shelf, chosen, ordered, read, scaled, write
         from recipes.bench.recovery import recovery as run
         from recipes.results import table
 
@@ -286,7 +287,7 @@ def recovery(
             rows += run(plan, folder / what, shelf, functools.partial(now, what))
             if json is not None:  # what is measured stays if the rest is cut short
                 write(json, command_line(ctx), rows, add=add)
-    measured = [name for name in FIGURES if any(name in row for row in rows)]
+    measured = [name for name in (*FIGURES, OF_TEACHER) if any(name in row for row in rows)]
     out.print(table(ordered(rows), title="recovery", columns=["recipe", "seed", *measured, "minutes"]))
     if failed := [row for row in rows if "note" in row]:
         for row in failed:

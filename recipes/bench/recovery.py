@@ -11,22 +11,33 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from recipes.data import load_task
 from recipes.data.packages import locked
-from recipes.data.task import Task
 from recipes.distill import distill
 from recipes.errors import InvalidRecipeError
-from recipes.plan import DataSpec, Recipe, TeacherSpec
+from recipes.plan import Recipe, TeacherSpec
 from recipes.report import Report, report
 from recipes.results import Results, ResultsError, spent
-from recipes.teachers import Teacher, load_teacher
+from recipes.teachers import load_teacher
+from recipes.yardstick import Yardstick
 
 Row = dict[str, Any]
 Say = Callable[..., None]
 """Told what is being done."""
 
-FIGURES = ("ppl_ratio", "agreement", "recovery_mean", "recovery_min", "recall_ratio_mean", "recall_ratio_min")
+FIGURES = (
+    "ppl_ratio",
+    "agreement",
+    "recovery_mean",
+    "recovery_min",
+    "recovery_long_video",
+    "recall_ratio_mean",
+    "recall_ratio_min",
+)
 """What a row sums a student up by, in order."""
+OF_TEACHER = "above_trivial_min"
+"""The figure that only the teacher's row has."""
+BY_STAGE = ("seconds_a_step", "tokens_a_second", "gpu_busy", "peak_gib")
+"""What a row says of each stage, as ``"gpu_busy STAGE"``."""
 TEACHER = "the teacher"
 """What stands for a recipe's name in the teacher's row."""
 COMPARED = ("peer-", "ablate-")
@@ -34,26 +45,17 @@ COMPARED = ("peer-", "ablate-")
 
 
 class Shelf:
-    """Teachers and datasets, each loaded once for all the recipes that name it."""
+    """Teachers, each loaded once for all the recipes that name it, with their datasets and scores."""
 
     def __init__(self) -> None:
-        self._teachers: dict[str, Teacher] = {}
-        self._tasks: dict[tuple[str, str], Task] = {}
+        self._teachers: dict[str, Yardstick] = {}
 
-    def teacher(self, spec: TeacherSpec) -> Teacher:
+    def teacher(self, spec: TeacherSpec) -> Yardstick:
         """Return a recipe's teacher."""
         key = spec.model_dump_json()
         if key not in self._teachers:
-            self._teachers[key] = load_teacher(spec)
+            self._teachers[key] = Yardstick(load_teacher(spec))
         return self._teachers[key]
-
-    def task(self, spec: DataSpec, of: TeacherSpec) -> Task:
-        """Return a recipe's dataset, made for its teacher."""
-        key = (spec.model_dump_json(), of.model_dump_json())
-        if key not in self._tasks:
-            teacher = self.teacher(of)
-            self._tasks[key] = load_task(spec, teacher.model.config, teacher.tokenizer)
-        return self._tasks[key]
 
 
 def chosen(names: Iterable[str]) -> list[Recipe]:
@@ -89,29 +91,32 @@ def recovery(recipe: Recipe, folder: Path, shelf: Shelf, say: Say) -> list[Row]:
     Args:
         recipe: The plan; a run of it that is in the folder already goes on, or is only measured.
         folder: Of the run.
-        shelf: Holds teacher and data.
+        shelf: Holds teachers; what it has measured of one already is not measured again.
         say: Told what is being done.
 
     Returns:
         The row of ``"the teacher"``, then the student's. Both: ``recipe``, those of :data:`FIGURES` that were
-        measured, and a score a task, measure and group, such as ``"text perplexity fortunes"``. The
+        measured, and a score a task, measure and group, such as ``"text perplexity fortunes"``. The teacher's
+        also, where trivial answers are known: ``above_trivial_min``, the least by which it stands above them. The
         student's also: ``seed``, ``steps``, ``tokens`` read, ``minutes`` of training (without loading and the
-        teacher's own answers) and ``seconds_a_step``, in all and by stage. A run that fails has one row, with
-        a ``note``.
+        teacher's own answers), ``seconds_a_step``, and by stage those of :data:`BY_STAGE` that are known. A run
+        that fails has one row, with a ``note``.
     """
     own: Row = {"recipe": recipe.name, "seed": recipe.seed, "steps": sum(s.steps for s in recipe.stages)}
     gc.collect()  # models refer to themselves through their hooks, and stay after a run
     torch.cuda.empty_cache()
     try:
         say("loading")
-        teacher, task = shelf.teacher(recipe.teacher), shelf.task(recipe.data, recipe.teacher)
-        done = distill(recipe, folder, teacher=teacher, task=task, callbacks=[_Steps(say)])
-        found = report(recipe, done.student, teacher, say=say)
+        yardstick = shelf.teacher(recipe.teacher)
+        task = yardstick.task(recipe.data)
+        done = distill(recipe, folder, teacher=yardstick.teacher, task=task, callbacks=[_Steps(say)])
+        found = report(recipe, done.student, yardstick, say=say)
     except Exception as error:  # whatever it is, the other recipes go on
         return [{**own, "note": f"{type(error).__name__}: {' '.join(str(error).split())}"}]
     measured = _figures(found)
+    of_teacher = {OF_TEACHER: measured.pop(OF_TEACHER)} if OF_TEACHER in measured else {}
     return [
-        {"recipe": TEACHER, **dict.fromkeys(measured, 1.0), **_scores(found, "teacher")},
+        {"recipe": TEACHER, **dict.fromkeys(measured, 1.0), **of_teacher, **_scores(found, "teacher")},
         {**own, **_cost(done.history), **measured, **_scores(found, "student")},
     ]
 
@@ -120,7 +125,7 @@ def figures(rows: Sequence[Row]) -> dict[str, float]:
     """Return the figures of the first recipe, as means over its seeds; none if it failed.
 
     Those of :data:`FIGURES` that it has, ``minutes``, and ``best_peer_ppl_ratio``: the least ``ppl_ratio`` of
-    the recipes named ``peer-*``, likewise as means.
+    the recipes named ``peer-*``, likewise as means. And the teacher's ``above_trivial_min``, if it has one.
     """
     means: dict[str, dict[str, float]] = {}
     runs = [row for row in rows if row["recipe"] != TEACHER]
@@ -129,6 +134,9 @@ def figures(rows: Sequence[Row]) -> dict[str, float]:
         keys = [key for key in (*FIGURES, "minutes") if own and all(key in row for row in own)]
         means[name] = {key: sum(row[key] for row in own) / len(own) for key in keys}
     found = dict(next(iter(means.values()), {}))
+    for row in rows:
+        if OF_TEACHER in row:
+            found[OF_TEACHER] = row[OF_TEACHER]
     peers = [m["ppl_ratio"] for name, m in means.items() if name.startswith("peer-") and "ppl_ratio" in m]
     return {**found, "best_peer_ppl_ratio": min(peers)} if peers else found
 
@@ -209,7 +217,14 @@ class _Steps(TrainerCallback):
 def _cost(history: Sequence[Row]) -> Row:
     stages = spent(history)
     steps, tokens, minutes = (sum(stage[key] for stage in stages) for key in ("steps", "tokens", "minutes"))
-    by_stage = {f"seconds_a_step {s['stage']}": round(60 * s["minutes"] / s["steps"], 4) for s in stages}
+    for stage in stages:
+        stage["seconds_a_step"] = 60 * stage["minutes"] / stage["steps"]
+    by_stage = {
+        f"{name} {stage['stage']}": round(stage[name], 4)
+        for name in BY_STAGE
+        for stage in stages
+        if stage.get(name) is not None
+    }
     total = round(60 * minutes / steps, 4)
     return {"tokens": tokens, "minutes": round(minutes, 3), "seconds_a_step": total, **by_stage}
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from recipes.plan import TaskSpec
 
-TASKS = ("easy-vqa", "mix", "pictures", "recall", "text")
+TASKS = ("chats", "easy-vqa", "mix", "pictures", "recall", "text")
 
 
 def load_task(spec: TaskSpec, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
@@ -35,6 +35,11 @@ def load_task(spec: TaskSpec, config: PreTrainedConfig, tokenizer: PreTrainedTok
             f"no dataset is called {spec.task!r}.{near(spec.task, TASKS)} Known: {', '.join(TASKS)}; or pass "
             "your own Task object to distill()."
         )
+    if spec.task == "chats":
+        from recipes.data.chats import Chats
+
+        _check_options(spec, Chats, "tokenizer")
+        return Chats(tokenizer, **spec.options)
     if spec.task == "easy-vqa":
         from recipes.data.easyvqa import EasyVQA
 

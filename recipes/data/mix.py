@@ -40,6 +40,12 @@ class Mixed(MadeItems):
     def __len__(self) -> int:
         return len(self.order)
 
+    @property
+    def sizes(self) -> list[int]:
+        """About how many tokens each row has; a split that does not say so has rows of about one size."""
+        known = {name: getattr(split, "sizes", None) for name, split in self.splits.items()}
+        return [0 if (sizes := known[name]) is None else sizes[own] for name, own in self.order]
+
     def item(self, place: int) -> Item:
         """The row at a place."""
         name, own = self.order[place]

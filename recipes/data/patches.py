@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Pixels(NamedTuple):
-    """One image, cut into patches: `values` [patches, channels, patch area] uint8, and its (H, W) in patches."""
+    """One image, cut into patches: `values` [patches, channels, patch area], normalised, and its (H, W) in patches."""
 
     values: Tensor
     grid: tuple[int, int]
@@ -26,15 +26,15 @@ class Pixels(NamedTuple):
 class Patcher:
     """Images to the patches of a Qwen-VL vision tower, by transformers' own image processor.
 
-    The processor runs once an image, and not at all where it would not resize: to cut alone is faster here. What it
-    gives is kept as bytes, one of the `temporal_patch_size` equal frames, an eighth of its size in fp32; a batch is
-    normalised when it is made.
+    The processor runs once an image, and not at all where it would not resize: to cut alone is faster here. Of its
+    `temporal_patch_size` equal frames one is kept, so that a batch is little more than a copy.
 
     Args:
         vision_config: The model's `config.vision_config`.
+        dtype: Of the values, as the model computes: a batch of long videos in bf16 is half as large as in fp32.
     """
 
-    def __init__(self, vision_config: PreTrainedConfig):
+    def __init__(self, vision_config: PreTrainedConfig, dtype: torch.dtype = torch.float32):
         from transformers import Qwen2VLImageProcessorPil  # the other backend needs torchvision
 
         self.frames: int = vision_config.temporal_patch_size
@@ -47,8 +47,9 @@ class Patcher:
             merge_size=self.merge,
             size={"shortest_edge": self.token_side**2, "longest_edge": self.longest_edge},
         )
-        self.mean = 255 * torch.tensor(self.processor.image_mean).view(1, -1, 1, 1)
-        self.std = 255 * torch.tensor(self.processor.image_std).view(1, -1, 1, 1)
+        self.dtype = dtype
+        self.mean = 255 * torch.tensor(self.processor.image_mean).view(1, -1, 1)
+        self.std = 255 * torch.tensor(self.processor.image_std).view(1, -1, 1)
 
     def cut(self, images: Sequence[Image]) -> list[Pixels]:
         """Cuts images into patches.
@@ -66,9 +67,9 @@ class Patcher:
             return [self._cut(image) for image in images]
         cut = self.processor(list(images), do_rescale=False, do_normalize=False, return_tensors="pt")
         sizes = cut["image_grid_thw"].prod(1).tolist()
-        values = cut["pixel_values"].to(torch.uint8).unflatten(1, (self.mean.shape[1], self.frames, -1))
+        values = cut["pixel_values"].unflatten(1, (self.mean.shape[1], self.frames, -1))
         grids = [(h, w) for _, h, w in cut["image_grid_thw"].tolist()]
-        return [Pixels(v.clone(), grid) for v, grid in zip(values[:, :, 0].split(sizes), grids)]
+        return [Pixels(self._normal(v), grid) for v, grid in zip(values[:, :, 0].split(sizes), grids)]
 
     def _fits(self, image: Image) -> bool:
         """Whether the processor leaves an image's size as it is."""
@@ -86,12 +87,16 @@ class Patcher:
         blocks = pixels.view(
             grid[0] // self.merge, self.merge, side, grid[1] // self.merge, self.merge, side, 3
         )
-        return Pixels(blocks.permute(0, 3, 1, 4, 6, 2, 5).reshape(grid[0] * grid[1], 3, side * side), grid)
+        values = blocks.permute(0, 3, 1, 4, 6, 2, 5).reshape(grid[0] * grid[1], 3, side * side)
+        return Pixels(self._normal(values), grid)
+
+    def _normal(self, values: Tensor) -> Tensor:
+        return ((values - self.mean) / self.std).to(self.dtype)
 
     def pixel_values(self, images: Sequence[Pixels]) -> Tensor:
-        """The processor's own `pixel_values` [patches, channels × frames × patch area], fp32, for a batch."""
-        values = torch.cat([image.values for image in images])[:, :, None].float()
-        return values.sub_(self.mean).div_(self.std).expand(-1, -1, self.frames, -1).flatten(1)
+        """The processor's own `pixel_values` [patches, channels × frames × patch area] for a batch."""
+        values = torch.cat([image.values for image in images])[:, :, None]
+        return values.expand(-1, -1, self.frames, -1).flatten(1)
 
     def tokens(self, image: Pixels) -> int:
         """Number of vision tokens that the decoder sees of an image."""

@@ -1,10 +1,11 @@
 """Generated texts with a question that only reading them answers: the kinds of problems of `recall`.
 
 Each kind is a function of the words to write with, of the size in units (two or more passages, pairs, sentences
-or words), and of a random generator. The question stands behind the text, and the place of the answer is drawn
-evenly, so a longer text is a longer distance. Before it goes another question on the same text with its answer,
-which shows the form of the reply: without it SmolLM2-135M replies to most look-ups with a number. The reply
-begins with the words before the answer in the text: to answer is to go on as the text did.
+or words), of a random generator, and of how many questions are answered before. The question stands behind the
+text, and the place of the answer is drawn evenly, so a longer text is a longer distance. Before it go other
+questions on the same text with their answers, one at least, which shows the form of the reply: without it
+SmolLM2-135M replies to most look-ups with a number. The reply begins with the words before the answer in the text:
+to answer is to go on as the text did.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from recipes.data.task import TaskError
 
@@ -71,30 +72,30 @@ class Problem(NamedTuple):
     answer: str
 
 
-def copy(words: Sequence[str], units: int, random: Random) -> Problem:
+def copy(words: Sequence[str], units: int, random: Random, answered: int = 1) -> Problem:
     """Go on with the one of ``units`` passages that begins with two words; :data:`PASSAGE` more follow."""
     passages = {start: " ".join(random.choices(words, k=PASSAGE)) for start in pairs(words, units, random)}
     text = "\n".join(f"{start} {passage}" for start, passage in passages.items())
-    shown, asked = (
+    questions = [
         Problem(f"Repeat the passage that begins with {start}.", start, passages[start])
-        for start in random.sample(list(passages), 2)
-    )
-    return posed(f"Here are passages, one a line.\n\n{text}", shown, asked)
+        for start in some(list(passages), answered, random)
+    ]
+    return posed(f"Here are passages, one a line.\n\n{text}", questions)
 
 
-def lookup(words: Sequence[str], units: int, random: Random) -> Problem:
+def lookup(words: Sequence[str], units: int, random: Random, answered: int = 1) -> Problem:
     """Give the value of one of ``units`` keys."""
     named, valued = parted(words, random)
     values = {key: random.choice(valued) for key in names(named, units, random)}
     text = "\n".join(f"{key}: {value}" for key, value in values.items())
-    shown, asked = (
+    questions = [
         Problem(f"What is the value of the key {key}?", f"{key}:", values[key])
-        for key in random.sample(list(values), 2)
-    )
-    return posed(f"Here are keys, each with its value.\n\n{text}", shown, asked)
+        for key in some(list(values), answered, random)
+    ]
+    return posed(f"Here are keys, each with its value.\n\n{text}", questions)
 
 
-def document(words: Sequence[str], units: int, random: Random) -> Problem:
+def document(words: Sequence[str], units: int, random: Random, answered: int = 1) -> Problem:
     """Answer from one of ``units`` sentences, among others on the same town and others of the same form."""
     named, valued = parted(words, random)
     facts = [
@@ -104,34 +105,43 @@ def document(words: Sequence[str], units: int, random: Random) -> Problem:
     ][:units]
     random.shuffle(facts)
     text = " ".join(f"{fact.lead} {fact.answer}." for fact in facts)
-    return posed(text, *random.sample(facts, 2))
+    return posed(text, some(facts, answered, random))
 
 
-def count(words: Sequence[str], units: int, random: Random) -> Problem:
+def count(words: Sequence[str], units: int, random: Random, answered: int = 1) -> Problem:
     """Count how often a word, at least once and at most :data:`MOST` times, occurs among ``units`` words."""
     word = random.choice(words)
     times = random.randint(1, min(MOST, units - 1))
     others = random.choices([other for other in words if other != word], k=units - times)
     listed = [word] * times + others
     random.shuffle(listed)
-    shown, asked = (
+    questions = [
         Problem(
             f"How many times does the word {counted} occur in the list?",
             f"The number of times that the word {counted} occurs is",
             str(listed.count(counted)),
         )
-        for counted in (random.choice(others), word)
-    )
-    return posed(f"Here is a list of words.\n\n{' '.join(listed)}", shown, asked)
+        for counted in (*random.choices(others, k=answered), word)
+    ]
+    return posed(f"Here is a list of words.\n\n{' '.join(listed)}", questions)
 
 
-def posed(text: str, shown: Problem, asked: Problem) -> Problem:
-    """Put a text and another question on it, with its answer, before a question: the form of the reply is shown."""
-    example = f"{shown.question}\n{shown.lead} {shown.answer}"
-    return asked._replace(question=f"{text}\n\n{example}\n\n{asked.question}")
+Made = TypeVar("Made")
 
 
-KINDS: Mapping[str, Callable[[Sequence[str], int, Random], Problem]] = MappingProxyType(
+def some(among: Sequence[Made], answered: int, random: Random) -> list[Made]:
+    """Draw what the questions are about: the answered ones, as many as there are at most, and the one to ask."""
+    return random.sample(among, min(answered + 1, len(among)))
+
+
+def posed(text: str, questions: Sequence[Problem]) -> Problem:
+    """Put a text, and all questions on it but the last with their answers, before the last question."""
+    *answered, asked = questions
+    shown = [f"{each.question}\n{each.lead} {each.answer}" for each in answered]
+    return asked._replace(question="\n\n".join([text, *shown, asked.question]))
+
+
+KINDS: Mapping[str, Callable[[Sequence[str], int, Random, int], Problem]] = MappingProxyType(
     {"copy": copy, "lookup": lookup, "document": document, "count": count}
 )
 

@@ -56,6 +56,11 @@ class Problems(MadeItems):
         length, kind = self.groups[group]
         return self.make(kind, length, number)
 
+    @property
+    def sizes(self) -> list[int]:
+        """About how many tokens each problem has."""
+        return [length for length, _ in self.groups for _ in range(self.size)]
+
     def make(self, kind: str, length: int, number: int) -> Item:
         """The problem with that number among those of one kind and length.
 
@@ -63,9 +68,11 @@ class Problems(MadeItems):
             TooFewWords: There are too few keys for a text of this length.
         """
         seed = f"{self.task.seed} {self.split} {kind} {length} {number}"
+        every = self.task.answer_every if self.split == "train" else None
+        answered = 1 if every is None else max(1, length // every)
 
         def problem(units: int) -> Problem:
-            return KINDS[kind](self.words, units, Random(seed))
+            return KINDS[kind](self.words, units, Random(seed), answered)
 
         two, units, tried = self.task.length(problem(2)), 9, dict[int, int]()
         while units not in tried:  # what a unit weighs is known better the nearer the text is to its length
@@ -87,7 +94,8 @@ class Recall:
 
     The prompt is the text, another question on it with its answer, and the question, in the tokenizer's chat
     template if it has one, and the beginning of the reply, so that nothing but the answer is left to say:
-    ``… What is the value of the key cedar owl?`` … ``cedar owl:`` → ``lantern``. Every fourth word is kept for
+    ``… What is the value of the key cedar owl?`` … ``cedar owl:`` → ``lantern``. In training there may be more
+    answered questions on a text, for the same reading teaches more then. Every fourth word is kept for
     the test split, whatever the seed: keys, values, passages and lists of the two splits share no word.
 
     Items are ``{"kind", "length", "category", "question", "lead", "answer"}``; evaluation groups them by the
@@ -101,6 +109,8 @@ class Recall:
         test_size: Test problems of each kind at each length.
         seed: Of all draws.
         words: Text file of words to write with, UTF-8, apart by white space. None: about 350 everyday nouns.
+        answer_every: Training problems have an answered question for every so many tokens of their length. None:
+            one, as the test's have.
 
     Raises:
         UnsupportedModel: The tokenizer has no end token, or loses words.
@@ -122,6 +132,7 @@ class Recall:
         test_size: int = 20,
         seed: int = 0,
         words: str | Path | None = None,
+        answer_every: int | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise UnsupportedModel("the tokenizer needs an end token: set eos_token")
@@ -135,7 +146,9 @@ class Recall:
                 "recall needs a kind, a length, and lengths and sizes of at least 1; found "
                 f"kinds={list(kinds)}, lengths={list(lengths)}, train_size={train_size}, test_size={test_size}"
             )
-        self.tokenizer, self.seed = tokenizer, seed
+        if answer_every is not None and answer_every < 1:
+            raise ValueError(f"answer_every is a number of tokens, at least 1; found {answer_every}")
+        self.tokenizer, self.seed, self.answer_every = tokenizer, seed, answer_every
         self.kinds, self.lengths = tuple(dict.fromkeys(kinds)), sorted(set(lengths))
         listed = word_list(WORDS if words is None else Path(words).read_text(encoding="utf-8"))
 

@@ -183,9 +183,14 @@ def teacher_answers(
 
 def greedy_answers(model: PreTrainedModel, prompts: Batch, length: int) -> list[Tensor]:
     """Return what a model says to each left-padded prompt: ids [N], the end token included, N at most ``length``."""
+    return answers_to(model, prompts, length, do_sample=False)
+
+
+def answers_to(model: PreTrainedModel, prompts: Batch, length: int, **how: Any) -> list[Tensor]:
+    """Return the same as :func:`greedy_answers`, with tokens chosen as options of ``generate()`` say."""
     inputs: dict[str, Any] = {key: value.to(model.device) for key, value in prompts.items()}
     with torch.no_grad():
-        ids = model.generate(**inputs, max_new_tokens=length, do_sample=False, num_beams=1)  # type: ignore[operator]
+        ids = model.generate(**inputs, max_new_tokens=length, num_beams=1, **how)  # type: ignore[operator]
     ids = ids[:, inputs["input_ids"].shape[1] :].cpu()
     ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
     ended = torch.isin(ids, torch.tensor([] if ends is None else ends).long()).cumsum(1)

@@ -48,7 +48,8 @@ class Task(Protocol):
     are, with `collate` as the collator. A batch holds exactly the keyword arguments of the model's forward.
     Where rows differ much in length, `train` may have an attribute `sizes`, about how many tokens each item
     has; rows of like size are then batched together. A task may also have an attribute `trivial`, category → the
-    score that answers without a look would have; reports show it.
+    score that answers without a look would have; reports show it. A task that shows pictures has an attribute
+    `long_videos`, those of its categories that are long videos; reports sum such tasks up together.
 
     Attributes:
         name: Short name for tables and file names.

@@ -27,6 +27,15 @@ class SharedCorpus(TaskError, ValueError):
     """A corpus would be trained on and judged by."""
 
 
+class Windows(list[Item]):
+    """Items of one length."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many tokens each has."""
+        return [len(self[0]["input_ids"])] * len(self)
+
+
 class Text:
     """Windows of tokens cut from documents that are laid end to end, with every token as its own label.
 
@@ -101,7 +110,7 @@ class Text:
                 del found[holdout - 1 :: holdout]
         kept = list(chain.from_iterable(sources.values()))
         Random(seed).shuffle(kept)
-        self.train = self._windows(kept)
+        self.train = Windows(self._windows(kept))
         self.test = [item for name, found in judged.items() for item in self._windows(found, name)]
         if not self.train or not self.test:
             raise TooLittleText(

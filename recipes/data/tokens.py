@@ -1,4 +1,4 @@
-"""The tokens of a corpus, made once for a tokenizer and kept in the cache folder.
+"""Token ids of documents, made once for a tokenizer and kept in the cache folder: those of corpora above all.
 
 A cache that holds the tokens does without packages and network: copy it, and set ``LINMU_CACHE``.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -36,10 +36,10 @@ class DamagedTokens(TaskError, OSError):
 
 @dataclass(frozen=True)
 class Tokens(Sequence[Tensor]):
-    """The documents of a corpus as token ids, in random order.
+    """Documents as token ids; those of a corpus are in random order.
 
     Attributes:
-        corpus: Its name.
+        corpus: The name of the corpus, or of what else they are.
         ids: All documents, end to end [N]; uint16 where the vocabulary allows, else int32.
         ends: Where each document ends [documents], int64.
         about: What was read: package, archive, licence, documents, tokens and bytes of text.
@@ -76,35 +76,65 @@ def tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Tokens:
         recipes.data.task.TaskError: The corpus cannot be fetched or read.
     """
     path = tokens_path(corpus, tokenizer)
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_name(f".{path.name}.lock")):
-            if not path.is_file():
-                _make(corpus, tokenizer, path)
-    try:
-        stored, about = read_tensors(path), read_json(path.with_suffix(".json"))
-    except CheckpointError as error:
-        raise DamagedTokens(
-            f"the tokens of {corpus.name}, {path}, cannot be read; delete the file to make them again."
-        ) from error
-    return Tokens(corpus.name, stored["ids"], stored["ends"], about)
+    made_once(path, lambda: _make(corpus, tokenizer, path))
+    return read_tokens(corpus.name, path)
 
 
 def tokens_path(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Path:
     """Where the tokens of a corpus are cached."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
+    return path_of(corpus.name, tokenizer, *corpus_facts(corpus))
+
+
+def corpus_facts(corpus: Corpus) -> list[Any]:
+    """What the tokens of a corpus depend on besides the tokenizer."""
     package = corpus.package
-    facts = [
-        vocabulary,
-        corpus.name,
-        corpus.revision,
-        corpus.max_tokens,
-        package.kind,
-        package.name,
-        package.version,
-    ]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return cache_folder() / "tokens" / f"{corpus.name}-{digest[:16]}.safetensors"
+    return [corpus.name, corpus.revision, corpus.max_tokens, package.kind, package.name, package.version]
+
+
+def path_of(name: str, tokenizer: PreTrainedTokenizerBase, *facts: Any) -> Path:
+    """Where tokens are cached that depend on a tokenizer's vocabulary and on other facts, of types that JSON has."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    digest = hashlib.sha256(json.dumps([vocabulary, *facts]).encode()).hexdigest()
+    return cache_folder() / "tokens" / f"{name}-{digest[:16]}.safetensors"
+
+
+def made_once(path: Path, make: Callable[[], None]) -> None:
+    """Make a file that is not there, which processes that want it at the same time do one after another."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(f".{path.name}.lock")):
+            if not path.is_file():
+                make()
+
+
+def read_tokens(name: str, path: Path) -> Tokens:
+    """Read what :func:`write_tokens` wrote.
+
+    Raises:
+        DamagedTokens: It cannot be read.
+    """
+    try:
+        stored, about = read_tensors(path), read_json(path.with_suffix(".json"))
+    except CheckpointError as error:
+        raise DamagedTokens(
+            f"the tokens of {name}, {path}, cannot be read; delete the file to make them again."
+        ) from error
+    return Tokens(name, stored["ids"], stored["ends"], about)
+
+
+def write_tokens(
+    path: Path, documents: Sequence[Tensor], about: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write documents, int [n] each, and what is known of them beside; the file is whole or not there.
+
+    Raises:
+        CheckpointError: It could not be written.
+    """
+    small = max(tokenizer.get_vocab().values()) < 2**16
+    ids = torch.cat(list(documents)) if documents else torch.empty(0)
+    ends = torch.tensor(list(accumulate(map(len, documents))), dtype=torch.int64)
+    write_json(path.with_suffix(".json"), about)
+    write_tensors(path, {"ids": ids.to(torch.uint16 if small else torch.int32), "ends": ends})
 
 
 def _make(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
@@ -121,7 +151,6 @@ def _make(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, path: Path) -> Non
                 size += len(text.encode())
         if total > 0.99 * corpus.max_tokens:
             break
-    ids = torch.cat(taken) if taken else torch.empty(0, dtype=torch.int32)
     about = {
         "corpus": corpus.name,
         "held_out": corpus.held_out,
@@ -131,7 +160,4 @@ def _make(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, path: Path) -> Non
         "bytes": size,
         "package": record(corpus.package),
     }
-    small = max(tokenizer.get_vocab().values()) < 2**16
-    write_json(path.with_suffix(".json"), about)
-    ends = torch.tensor(list(accumulate(map(len, taken))), dtype=torch.int64)
-    write_tensors(path, {"ids": ids.to(torch.uint16) if small else ids, "ends": ends})
+    write_tokens(path, taken, about, tokenizer)

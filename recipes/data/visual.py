@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -36,11 +36,15 @@ class VisualTask(ABC):
         config: The model's config: it says how images become patches and which ids mark vision.
         tokenizer: The model's tokenizer; its end-of-text token closes an answer.
 
+    Attributes:
+        long_videos: Categories of the test split that are long videos.
+
     Raises:
         UnsupportedModel: The config has no Qwen-VL vision tower, or the tokenizer no end or pad token.
     """
 
     name: str
+    long_videos: Collection[str] = frozenset()
 
     def __init__(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase):
         ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -54,7 +58,8 @@ class VisualTask(ABC):
         if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
             raise UnsupportedModel("the tokenizer needs an end and a pad token: set eos_token and pad_token")
         self.config, self.tokenizer = config, tokenizer
-        self.patcher = Patcher(config.vision_config)
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        self.patcher = Patcher(config.vision_config, dtype)
 
     @abstractmethod
     def shown(self, items: Sequence[Item]) -> list[Shown]:

@@ -111,6 +111,7 @@ def build_model(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
+    model.config.dtype = decoder.dtype
     return model.to(decoder.dtype).eval()
 
 

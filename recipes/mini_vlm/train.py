@@ -1,17 +1,22 @@
-"""Trains the mini VLM on any task: the projector in full, the decoder by low-rank adapters, merged at the end.
+"""Trains the mini VLM on any task: projector and decoder in full, or the decoder by low-rank adapters.
 
     python -m recipes.mini_vlm.train --task pictures --out DIR
 
 Prints one JSON object a line: progress, then the accuracy by generation. The folder is a teacher for recipes;
 without `--out` it is the one that they know as `vlm-mini`. `--start DIR` goes on from such a folder, with other data
-say. `trained.safetensors` and `training.json` in it are all that one training made: `--restore DIR …` makes the whole
-folder of them again elsewhere, of trainings that went on from each other in their order.
+say. `--minutes` gives the training a time in place of a number of steps. With `--rank` the decoder gets adapters,
+merged at the end: `trained.safetensors` is small then.
+
+`trained.safetensors` and `training.json` in a folder are all that one training made: `--restore DIR …` makes the
+whole folder of them again elsewhere, of trainings that went on from each other in their order.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -37,17 +42,33 @@ from recipes.trainer import DistillTrainer, processes, training_arguments
 
 TRAINED, RECORD = "trained.safetensors", "training.json"
 PROJECTOR = r"visual\.projector\."
-DECODER = r"language_model\.layers\.\d+\.(self_attn|mlp)\..+_proj$"
+LAYERS = r"language_model\.layers\."
+DECODER = LAYERS + r"\d+\.(self_attn|mlp)\..+_proj$"
+FOREVER = 10**6
+"""Steps of a training that time ends."""
 
 
 def training_stage(
-    *, steps: int, batch_size: int, learning_rate: float = 1e-3, gradient_accumulation: int = 1
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float = 3e-4,
+    gradient_accumulation: int = 1,
+    rank: int | None = None,
 ) -> Stage:
-    """Return a stage that trains the projector and adapts the decoder, by the cross-entropy of the answers."""
+    """Return a stage that trains projector and decoder by the cross-entropy of the answers.
+
+    Args:
+        steps: Optimiser steps.
+        batch_size: Rows of a step, or of a part of it.
+        learning_rate: At its highest.
+        gradient_accumulation: Parts of a step.
+        rank: Of the decoder's adapters. None: its layers are trained in full.
+    """
     return Stage(
         name="teacher",
-        trainable=[PROJECTOR],
-        lora=LoRA(targets=[DECODER], rank=16, alpha=32),
+        trainable=[PROJECTOR] if rank else [PROJECTOR, LAYERS],
+        lora=LoRA(targets=[DECODER], rank=rank, alpha=2 * rank) if rank else None,
         losses=Losses(task=TaskLoss()),
         optimizer=Optimizer(learning_rate=learning_rate),
         steps=steps,
@@ -65,6 +86,7 @@ def train(
     *,
     seed: int = 0,
     workers: int = 0,
+    minutes: float | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, Any]]:
     """Train a model on the answers of a task, and save it whole, with its tokenizer and what training made.
@@ -77,6 +99,8 @@ def train(
         out: Folder for model and tokenizer.
         seed: Of adapters, data order and dropout.
         workers: Processes that make batches.
+        minutes: Train so long from the first step on, whatever the stage's steps, the learning rate following the
+            time. None: as many steps as the stage says.
         callbacks: Of transformers' Trainer; with any, its own progress bar stays away.
 
     Returns:
@@ -92,6 +116,9 @@ def train(
             "trained there is only task."
         )
     out, dtype = Path(out), model.dtype
+    if minutes is not None:
+        stage = stage.model_copy(update={"steps": FOREVER})
+        callbacks = [_Minutes(minutes, stage.optimizer), *callbacks]
     selection = select(stage, model)
     model.to(processes().device)  # type: ignore[arg-type]
     set_seed(seed)
@@ -112,7 +139,8 @@ def train(
         parameter.data = parameter.data.to(dtype).float()
     if trainer.is_world_process_zero():
         write_tensors(out / TRAINED, {name: p.to(dtype) for name, p in _trained(adapted).items()})
-        write_json(out / RECORD, {"task": task.name, "seed": seed, "stage": stage.model_dump(mode="json")})
+        done = stage.model_copy(update={"steps": trainer.state.global_step})
+        write_json(out / RECORD, {"task": task.name, "seed": seed, "stage": done.model_dump(mode="json")})
         write_json(out / "history.json", trainer.history)
     _merge(adapted, dtype)
     if trainer.is_world_process_zero():
@@ -151,6 +179,28 @@ def _merge(adapted: PreTrainedModel | PeftModel, dtype: torch.dtype) -> None:
     model.to(dtype).requires_grad_(True).eval()
 
 
+class _Minutes(TrainerCallback):
+    """Ends a training after some time; the learning rate warms up and falls to zero on a cosine over that time."""
+
+    def __init__(self, minutes: float, optimizer: Optimizer) -> None:
+        self.seconds, self.peak, self.begin = 60 * minutes, optimizer.learning_rate, 0.0
+        self.warmup = optimizer.warmup if optimizer.warmup < 1 else 0.05
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin = self.begin or time.monotonic()
+        part = min(1.0, (time.monotonic() - self.begin) / self.seconds)
+        fallen = 0.5 + 0.5 * math.cos(math.pi * max(0.0, part - self.warmup) / (1 - self.warmup))
+        for group in kwargs["optimizer"].param_groups:
+            group["lr"] = self.peak * min(1.0, part / self.warmup) * fallen
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self.begin >= self.seconds:
+            control.should_training_stop = control.should_log = True
+
+
 class _Printed(TrainerCallback):
     """Prints each log entry as a line of JSON."""
 
@@ -175,9 +225,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", default="pictures", help="dataset")
     parser.add_argument("--options", type=json.loads, default={}, help="its options, as JSON")
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--minutes", type=float, help="train so long, whatever the number of steps")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--gradient-accumulation", type=int, default=1)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--rank", type=int, help="of adapters of the decoder; without, all of it is trained")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
     parser.add_argument("--questions", type=int, default=1000, help="test questions to judge by")
@@ -203,9 +255,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,
             gradient_accumulation=options.gradient_accumulation,
+            rank=options.rank,
         )
-        run = {"seed": options.seed, "workers": options.workers, "callbacks": [_Printed()]}
-        train(model, tokenizer, task, stage, options.out, **run)
+        run = {"seed": options.seed, "workers": options.workers, "minutes": options.minutes}
+        train(model, tokenizer, task, stage, options.out, callbacks=[_Printed()], **run)
     judged = evaluate(model, task, limit=options.questions, batch_size=options.batch_size)
     print(json.dumps({"accuracy": judged.accuracy, "questions": judged.questions, "groups": judged.rows()}))
 

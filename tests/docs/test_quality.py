@@ -65,6 +65,22 @@ def test_a_recipe_is_a_row_in_the_summary_and_in_a_table_a_measure(hooks: Module
     assert lines[-1].startswith("`linmu bench recovery` on a chip")
 
 
+def test_a_judge_with_a_name_and_what_is_told_by_stage_have_tables_of_their_own(
+    hooks: ModuleType, tmp_path: Path
+) -> None:
+    more = {"recovery_long_video": 0.9, "text at 4096 perplexity all": 30.0, "gpu_busy lora": 0.875}
+    Results("x", {}, [run("ours", 0, 1.0, **more)]).write(tmp_path / "recovery_text.json")
+    lines = hooks.recovery_tables("recovery_text", tmp_path).splitlines()
+    assert "recovery long video |" in lines[0]
+    for heading, column, value in (
+        ("text at 4096: perplexity", "all", "30"),
+        ("gpu busy", "lora", "0.875"),
+    ):
+        start = lines.index(f"**{heading}**") + 2
+        assert lines[start] == f"| recipe | {column} |"
+        assert lines[start + 2] == f"| ours | {value} |"
+
+
 def test_seeds_of_a_recipe_are_a_mean_and_a_spread(hooks: ModuleType) -> None:
     rows = [
         run("ours", 0, 1.0),

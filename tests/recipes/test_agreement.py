@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bridges
-from recipes.agreement import agreement
+from recipes.agreement import agreement, continuations
 from recipes.evaluate import EvaluationError
 from tests.recipes.toys import MODELS, Riddles
 
@@ -32,7 +32,7 @@ def test_a_model_agrees_with_itself_and_with_its_exact_twin(kind: str) -> None:
     twin = copy.deepcopy(teacher)
     bridges.replace_attention(twin, "attention")
     for student in (teacher, twin):
-        found = agreement(student, teacher, task, batch_size=4)
+        found = agreement(student, continuations(teacher, task, batch_size=4), batch_size=4)
         assert found.agreement == 1.0
         assert found.tokens >= 10
         assert {name: group.accuracy for name, group in found.groups.items()} == {"even": 1.0, "odd": 1.0}
@@ -60,16 +60,26 @@ def test_it_is_the_share_of_first_choices_one_prompt_at_a_time(kind: str) -> Non
                 same += int(student(**row).logits[0, -1].argmax() == ids[0, place])
             said += 1
     told: list[tuple[int, int]] = []
+    continued = continuations(teacher, task, batch_size=4)
     found = agreement(
-        student, teacher, task, batch_size=4, progress=lambda done, total: told.append((done, total))
+        student, continued, batch_size=4, progress=lambda done, total: told.append((done, total))
     )
     assert (found.tokens, found.agreement) == (said, pytest.approx(same / said))
     assert 0 < found.agreement < 1
     assert told == [(4, 10), (8, 10), (10, 10)]
-    assert found.agreement == agreement(student, teacher, task, batch_size=10).agreement
+    for size in (1, 10):
+        again = agreement(student, continuations(teacher, task, batch_size=size), batch_size=size)
+        assert (again.agreement, again.groups) == (found.agreement, found.groups)
 
 
 def test_nothing_to_compare_is_an_error() -> None:
     teacher, task = MODELS["llama"](), riddles("llama")
     with pytest.raises(EvaluationError, match="limit is 0"):
-        agreement(teacher, teacher, task, limit=0)
+        continuations(teacher, task, limit=0)
+
+
+def test_a_teacher_that_says_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, task = MODELS["llama"](), riddles("llama")
+    monkeypatch.setattr(teacher, "generate", lambda **inputs: inputs["input_ids"])
+    with pytest.raises(EvaluationError, match="continued none of 10 prompts"):
+        continuations(teacher, task)

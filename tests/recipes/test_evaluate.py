@@ -122,3 +122,22 @@ def test_a_loss_that_is_no_number_is_an_error() -> None:
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(EvaluationError, match="nan"):
         perplexity(model, Riddles(images=False))
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_perplexity_is_the_models_own_loss_and_logits_are_made_for_labels_alone(
+    kind: str, converted: bool
+) -> None:
+    model, task = MODELS[kind](), Riddles(images=kind == "qwen")
+    if converted:
+        bridges.replace_attention(model, "mmate", text_window=4, window=(1, 2, 2))
+    batch = task.collate(task.test)
+    with torch.no_grad():
+        own = float(model(**batch, use_cache=False).loss.exp())
+    made: list[torch.Size] = []
+    model.get_output_embeddings().register_forward_hook(lambda *args: made.append(args[-1].shape))
+    assert perplexity(model, task).perplexity == pytest.approx(own, rel=1e-5)
+    labelled = (batch["labels"] != IGNORED).any(0).sum()
+    assert made == [(4, labelled, model.config.get_text_config().vocab_size)]
+    assert labelled < batch["labels"].shape[1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bridges
-from recipes import report as reports
+from recipes import yardstick as yardsticks
 from recipes.evaluate import EvaluationError
 from recipes.report import Report, layer_errors, report
 from recipes.teachers import Teacher
@@ -57,7 +57,7 @@ def teacher(kind: str) -> Teacher:
 @pytest.fixture
 def task(kind: str, teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> Riddles:
     made = riddles(kind, teacher)
-    monkeypatch.setattr(reports, "load_task", lambda *_: made)
+    monkeypatch.setattr(yardsticks, "load_task", lambda *_: made)
     return made
 
 
@@ -67,12 +67,24 @@ def hooks_of(*models: torch.nn.Module) -> int:
 
 
 def test_what_trivial_answers_reach_stands_beside_the_teacher(teacher: Teacher, task: Riddles) -> None:
-    task.trivial = {"known": 0.25}
+    task.trivial = {"known": 0.25, "unknown": 0.125}
     plan = recipe(stage(), judged_by=[{"task": "riddles", "measures": ["accuracy", "perplexity"]}])
     found = report(plan, student_of(teacher), teacher)
-    assert [(r["measure"], r["group"], r["trivial"]) for r in found.rows if "trivial" in r] == [
-        ("accuracy", "known", 0.25)
+    columns = ("measure", "group", "trivial", "above_trivial")
+    assert [tuple(row[key] for key in columns) for row in found.rows if "trivial" in row] == [
+        ("accuracy", "unknown", 0.125, -0.125),
+        ("accuracy", "known", 0.25, 0.75),
     ]
+    assert found.figures["above_trivial_min"] == -0.125
+
+
+def test_groups_of_long_videos_are_those_that_the_task_names(teacher: Teacher, task: Riddles) -> None:
+    task.long_videos = {"known"}
+    plan = recipe(stage(), judged_by=[{"task": "riddles", "measures": ["accuracy", "perplexity"]}])
+    rows = report(plan, student_of(teacher, "attention"), teacher).rows
+    marked = {row["group"]: row["long_video"] for row in rows if "long_video" in row}
+    assert marked == {"all": False, "known": True, "unknown": False}
+    assert not [row for row in rows if row["measure"] == "perplexity" and "long_video" in row]
 
 
 def test_a_twin_keeps_everything(teacher: Teacher, task: Riddles) -> None:
@@ -170,7 +182,7 @@ def test_hooks_are_gone_after_an_error_too(monkeypatch: pytest.MonkeyPatch) -> N
 def test_without_judges_it_is_accuracy_on_the_training_task(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = teacher_of("llama")
     task, asked = riddles("llama", teacher), []
-    monkeypatch.setattr(reports, "load_task", lambda spec, *_: (asked.append(spec), task)[1])
+    monkeypatch.setattr(yardsticks, "load_task", lambda spec, *_: (asked.append(spec), task)[1])
     found = report(recipe(stage()), student_of(teacher, "attention"), teacher)
     assert [(spec.task, spec.measures) for spec in asked] == [("riddles", ["accuracy"])]
     assert {row["measure"] for row in found.rows} == {"accuracy"}
@@ -178,7 +190,7 @@ def test_without_judges_it_is_accuracy_on_the_training_task(monkeypatch: pytest.
 
 def test_a_limit_holds_for_every_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = teacher_of("llama")
-    monkeypatch.setattr(reports, "load_task", lambda *_: riddles("llama", teacher))
+    monkeypatch.setattr(yardsticks, "load_task", lambda *_: riddles("llama", teacher))
     judges = [{"task": "one", "limit": 5}, {"task": "two"}]
     plan, student = recipe(stage(), judged_by=judges), student_of(teacher, "attention")
     counts = {
@@ -191,7 +203,7 @@ def test_a_limit_holds_for_every_judge(monkeypatch: pytest.MonkeyPatch) -> None:
         report(plan, student, teacher, limit=0)
 
 
-def row(task: str, measure: str, group: str, teacher: float, student: float) -> dict[str, Any]:
+def row(task: str, measure: str, group: str, teacher: float, student: float, **more: Any) -> dict[str, Any]:
     better, worse = (teacher, student) if measure == "perplexity" else (student, teacher)
     recovery = better / worse if worse else None
     return {
@@ -201,6 +213,7 @@ def row(task: str, measure: str, group: str, teacher: float, student: float) -> 
         "teacher": teacher,
         "student": student,
         "recovery": recovery,
+        **more,
         "count": 10,
     }
 
@@ -227,3 +240,30 @@ def test_figures_are_those_of_the_rows() -> None:
         "vqa_recovery_min": 0.75,
     }
     assert found.figures == pytest.approx(expected)
+
+
+def test_tasks_of_pictures_are_summed_up_together_and_long_videos_by_themselves() -> None:
+    def seen(task: str, group: str, teacher: float, student: float, long: bool) -> dict[str, Any]:
+        return row(task, "accuracy", group, teacher, student, long_video=long, above_trivial=teacher - 0.5)
+
+    rows = [
+        seen("pictures", "all", 0.9, 0.1, False),
+        seen("pictures", "names", 0.8, 0.8, False),
+        seen("pictures", "needle 1024", 0.8, 0.4, True),
+        seen("pictures at 16k", "all", 0.9, 0.1, False),
+        seen("pictures at 16k", "slideshow 16384", 0.8, 0.2, True),
+        row("recall", "accuracy", "all", 0.5, 0.1),
+    ]
+    expected = {
+        "recall_recovery_mean": 0.2,
+        "recall_recovery_min": 0.2,
+        "recovery_mean": 1.75 / 3,
+        "recovery_min": 0.25,
+        "recovery_long_video": 0.375,
+        "above_trivial_min": 0.3,
+    }
+    assert Report(rows, []).figures == pytest.approx(expected)
+    short = [r for r in rows if not r.get("long_video")]
+    assert "recovery_long_video" not in Report(short, []).figures
+    alone = Report([seen("vqa", "all", 0.8, 0.6, False)], []).figures
+    assert alone["recovery_mean"] == pytest.approx(0.75)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from recipes import results
-from recipes.results import Results, ResultsError, first_and_last, table
+from recipes.results import Results, ResultsError, first_and_last, loss_names, spent, table
 
 FIELDS = ["command", "date", "device", "versions", "commit", "figures", "rows"]
 JSON = st.recursive(
@@ -99,3 +100,32 @@ def test_a_history_is_summed_up_by_stage_and_loss() -> None:
         {"stage": "b", "loss": "loss", "first": 1.0, "last": 1.0},
         {"stage": "b", "loss": "task", "first": 0.5, "last": 0.5},
     ]
+
+
+def test_what_a_run_cost_is_told_by_stage() -> None:
+    def entry(stage: str, step: int, **more: float) -> dict[str, Any]:
+        return {
+            "stage": stage,
+            "step": step,
+            "loss": 1.0,
+            "tokens": 60 * step,
+            "seconds": 30.0 * step,
+            **more,
+        }
+
+    history = [
+        entry("a", 1, gpu_busy=0.5, peak_gib=3.0),
+        entry("a", 2, gpu_busy=1.0, peak_gib=2.0),
+        entry("b", 1, peak_gib=1.0),
+        entry("c", 1),
+    ]
+    one = {"steps": 1, "tokens": 60, "minutes": 0.5, "tokens_a_second": 2.0}
+    assert spent(history) == [
+        {
+            "stage": "a", "steps": 2, "tokens": 120, "minutes": 1.0, "tokens_a_second": 2.0,
+            "gpu_busy": 0.75, "peak_gib": 3.0,
+        },
+        {"stage": "b", **one, "peak_gib": 1.0},
+        {"stage": "c", **one},
+    ]  # fmt: skip
+    assert loss_names(history) == ["loss"]

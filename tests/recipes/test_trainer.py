@@ -17,7 +17,14 @@ from recipes.distill import adapt
 from recipes.errors import CheckpointError, LaunchError, NonFiniteLossError
 from recipes.plan import Stage
 from recipes.selection import activate, select
-from recipes.trainer import DistillTrainer, LikeSizes, checkpoints, training_arguments
+from recipes.trainer import (
+    GPU_LOAD,
+    DistillTrainer,
+    LikeSizes,
+    checkpoints,
+    gpu_load,
+    training_arguments,
+)
 from tests.recipes.toys import MODELS, QUIET, Riddles, stage
 
 
@@ -94,11 +101,29 @@ def test_history_has_every_loss_by_name(tmp_path):
     run.train()
     assert [entry["step"] for entry in run.history] == [1, 2, 4, 5]
     for entry in run.history:
-        assert set(entry) == {
+        assert set(entry) - set(GPU_LOAD) == {
             "stage", "step", "loss", "hidden_states", "task", "learning_rate", "tokens", "seconds",
         }  # fmt: skip
         assert entry["loss"] == pytest.approx(entry["hidden_states"] + 0.5 * entry["task"], rel=1e-5)
     assert all(a["tokens"] < b["tokens"] for a, b in zip(run.history, run.history[1:]))
+
+
+def test_the_load_of_a_gpu_is_in_the_history_and_what_is_not_told_is_left_out(tmp_path, monkeypatch):
+    def absent(device):
+        raise ModuleNotFoundError("nvidia-ml-py")
+
+    gpu, told = torch.device("cuda", 0), []
+    assert gpu_load(torch.device("cpu")) == {}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    monkeypatch.setattr(torch.cuda, "utilization", absent)
+    assert gpu_load(gpu) == {"peak_gib": 1.5}
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: told.append(device) or 87)
+    assert gpu_load(gpu) == {"gpu_busy": 0.87, "peak_gib": 1.5}
+    assert told == [gpu]
+    monkeypatch.setattr(recipes.trainer, "gpu_load", lambda device: gpu_load(gpu))
+    run = trainer(tmp_path)
+    run.train()
+    assert all((entry["gpu_busy"], entry["peak_gib"]) == (0.87, 1.5) for entry in run.history)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

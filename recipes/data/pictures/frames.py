@@ -112,7 +112,7 @@ class Canvas:
     Args:
         pack: Where pictures come from.
         side: Pixels of a frame's side.
-        kept: Frames kept as patches, 48 KB each at 128 pixels.
+        kept: Frames kept as patches, at 128 pixels 96 KB each in bf16.
     """
 
     def __init__(self, pack: Pack, side: int = 128, kept: int = 2048) -> None:

@@ -104,7 +104,7 @@ class Questions(MadeItems):
         turn, place = divmod(number, len(forms))
         form = Random(f"{key} turn {turn}").sample(list(forms), len(forms))[place]
         question = forms[form](self.shelf, Random(f"{key} {number}"), length // self.task.frame_tokens)
-        category = f"{group} {length}" if length else group
+        category = _category(group, length)
         return {"group": group, "category": category, "form": form, "length": length, **question._asdict()}
 
 
@@ -190,6 +190,7 @@ class Pictures(VisualTask):
         kept, held_out = shelf(self.pack, "train"), shelf(self.pack, "test")
         self.train = Questions(self, kept, "train", sorted(set(lengths)), train_size)
         self.test = Questions(self, held_out, "test", sorted(set(test_lengths)), test_size)
+        self.long_videos = {_category(group, length) for group, length in self.test.kinds if group in LONG}
         self.max_new_tokens = 1 + max(map(len, self.answer_ids(sorted(_answers(self.pack)))))
 
     def shown(self, items: Sequence[Item]) -> list[Shown]:
@@ -217,6 +218,10 @@ class Pictures(VisualTask):
             items = self.test[place * size : (place + 1) * size]
             found[items[0]["category"]] = _baseline(items, *learnt[group])
         return found
+
+
+def _category(group: str, length: int) -> str:
+    return f"{group} {length}" if length else group
 
 
 def _answers(pack: Pack) -> set[str]:

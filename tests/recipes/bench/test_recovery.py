@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
+from recipes import yardstick
 from recipes.bench.recovery import chosen, figures, ordered, scaled, write
 from recipes.cli import app
 from recipes.errors import InvalidRecipeError, UnknownRecipeError
@@ -35,8 +38,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Riddles(images=False)
 
     monkeypatch.setattr("recipes.bench.recovery.load_teacher", load_teacher)
-    monkeypatch.setattr("recipes.bench.recovery.load_task", load_task)
-    monkeypatch.setattr("recipes.report.load_task", load_task)
+    monkeypatch.setattr("recipes.yardstick.load_task", load_task)
     return loaded
 
 
@@ -84,6 +86,71 @@ def test_the_table_has_a_row_a_recipe_and_seed_and_the_teachers(tmp_path: Path, 
     assert loads.count("toy") == 1
     assert loads.count("riddles") == 1
     assert (runs / "main-1" / "student").is_dir()
+
+
+def test_recipes_of_one_teacher_ask_it_once(
+    tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    for name in ("evaluate", "perplexity", "continuations"):
+        measure = getattr(yardstick, name)
+
+        @functools.wraps(measure)
+        def spied(*args: Any, measure: Any = measure, **kwargs: Any) -> Any:
+            asked.append(measure.__name__)
+            return measure(*args, **kwargs)
+
+        monkeypatch.setattr(yardstick, name, spied)
+    paths = saved(tmp_path, "main"), saved(tmp_path, "peer-a")
+    found = linmu(*paths, "--seeds", "0,1", "--out", tmp_path / "runs")
+    assert found.exit_code == 0, found.output
+    assert asked == ["perplexity", "continuations", "evaluate"]
+    assert loads == ["toy", "riddles", "text", "recall"]
+
+
+def test_pictures_have_figures_of_long_videos_and_the_teacher_of_what_is_trivial(
+    tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seen(task: Riddles, item: Any, ids: Any) -> float:
+        return {"names": 1.0, "needle 9": 0.5}[item["category"]]
+
+    monkeypatch.setattr(Riddles, "score", seen)
+    monkeypatch.setattr(Riddles, "long_videos", {"needle 9"}, raising=False)
+    monkeypatch.setattr(Riddles, "trivial", {"names": 0.75, "needle 9": 0.375}, raising=False)
+    make = Riddles.__init__
+
+    def made(task: Riddles, images: bool) -> None:
+        make(task, images)
+        task.test = [{**item, "category": ("names", "needle 9")[i % 2]} for i, item in enumerate(task.test)]
+
+    monkeypatch.setattr(Riddles, "__init__", made)
+    file = tmp_path / "r.json"
+    found = linmu(saved(tmp_path, "main"), "--out", tmp_path / "runs", "--json", file)
+    assert found.exit_code == 0, found.output
+    results = Results.read(file)
+    teacher, student = results.rows
+    figures = {"recovery_mean": 1.0, "recovery_min": 1.0, "recovery_long_video": 1.0}
+    for row in (teacher, student, results.figures):
+        assert {name: row[name] for name in figures} == figures
+    assert teacher["above_trivial_min"] == results.figures["above_trivial_min"] == 0.125
+    assert "above_trivial_min" not in student
+    for heading in ("recovery long video", "above trivial min"):
+        assert heading.split()[-1] in found.output
+
+
+def test_the_load_of_the_gpu_is_told_by_stage(
+    tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = itertools.chain([0.5, 1.0], itertools.repeat(0.25))
+    monkeypatch.setattr("recipes.trainer.gpu_load", lambda device: {"gpu_busy": next(busy), "peak_gib": 1.5})
+    stages = stage(name="one", steps=2, log_every=1), stage(name="two", steps=2)
+    file = tmp_path / "r.json"
+    found = linmu(saved(tmp_path, "main", *stages), "--out", tmp_path / "runs", "--json", file)
+    assert found.exit_code == 0, found.output
+    student = Results.read(file).rows[1]
+    assert (student["gpu_busy one"], student["gpu_busy two"]) == (0.75, 0.25)
+    assert (student["peak_gib one"], student["peak_gib two"]) == (1.5, 1.5)
+    assert student["tokens_a_second one"] > 0
 
 
 def test_a_run_that_fails_is_a_note_and_the_rest_go_on(tmp_path: Path, loads: list[str]) -> None:

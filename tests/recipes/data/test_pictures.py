@@ -150,6 +150,7 @@ def test_long_videos_have_the_tokens_asked_for(task, config):
         if item["length"]:
             assert tokens == item["length"]
         assert item["video"] or len(item["frames"]) == 1
+        assert (item["category"] in task.long_videos) == (item["length"] > 0)
 
 
 def test_patches_are_those_of_the_image_processor(task):
