@@ -81,7 +81,7 @@ def _build(
     weight = next(attention.parameters())
     with torch.device(weight.device):
         mixer = get(row.mixer)(copy.deepcopy(row.config), projections=init == "random")
-    mixer = mixer.to(dtype=weight.dtype)
+    mixer = mixer.to(weight.device, weight.dtype)
     if init == "attention":
         adopt_projections(mixer, attention, family)
     mixer.train(attention.training)

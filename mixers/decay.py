@@ -20,13 +20,10 @@ class Rates(nn.Module):
     def __init__(self, heads: int) -> None:
         super().__init__()
         low, high = map(math.log, MEMORY_TOKENS)
-        spread = (
-            torch.linspace(0, 1, heads, dtype=torch.float32)
-            if heads > 1
-            else torch.full((1,), 0.5, dtype=torch.float32)
-        )
-        memory = torch.exp(low + spread * (high - low))
-        self.A_log = nn.Parameter(-(memory * INITIAL_DT).log())
+        spread = [head / (heads - 1) for head in range(heads)] if heads > 1 else [0.5]
+        memory = [low + share * (high - low) for share in spread]
+        # Not by torch.linspace: within torch.device it stays on the CPU once transformers has loaded a model.
+        self.A_log = nn.Parameter(-torch.tensor(memory, dtype=torch.float32) - math.log(INITIAL_DT))
         self.dt_bias = nn.Parameter(
             torch.full((heads,), math.log(math.expm1(INITIAL_DT)), dtype=torch.float32)
         )

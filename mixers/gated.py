@@ -26,11 +26,14 @@ class GateConfig(MixerConfig):
 
     Args:
         gate: One weight a ``"token"``, or one a token and ``"head"``.
+        gate_bias: What the logits of all branches but the last start with: 0 is equal weights, -3 gives the last
+            of two 95 %.
         share_projections: Whether the branches share one set of q, k, v and o projections.
         active: Names of the branches that take part, in a staged training. None: all.
     """
 
     gate: Literal["token", "head"] = "token"
+    gate_bias: float = 0.0
     share_projections: bool = True
     active: tuple[str, ...] | None = None
 
@@ -52,7 +55,7 @@ class Gated(TokenMixer):
     """Weighted sum of two or more mixers with weights learned per token: y = Σ g_b(x) ⊙ branch_b(x).
 
     The weights sum to 1 over the branches that have something for the token; with two branches
-    g = σ(W x + b) and 1 - g. They start equal.
+    g = σ(W x + b) and 1 - g. W starts as zero.
     """
 
     config: GateConfig
@@ -79,7 +82,7 @@ class Gated(TokenMixer):
         weights = len(branches) - 1
         self.gate = nn.Linear(config.dim, weights * (self.num_heads if config.gate == "head" else 1))
         nn.init.zeros_(self.gate.weight)
-        nn.init.zeros_(self.gate.bias)
+        nn.init.constant_(self.gate.bias, config.gate_bias)
         if config.active is not None:
             self.set_active(config.active)
 

@@ -186,6 +186,24 @@ class TokenLayout:
         """Int [B, N]: end(i) of the law of causality."""
         return self._kept("end", self._end)
 
+    @property
+    def rank(self) -> Tensor:
+        """Int [B, N]: how many valid tokens of its sequence stand before a token."""
+        return self._kept("rank", self._rank)
+
+    @property
+    def number(self) -> Tensor:
+        """Int [B, N]: which sequence of its row a token is of, from 0 up."""
+        return self._kept("number", self._number)
+
+    def leading(self, count: int) -> Tensor:
+        """Return where the first valid tokens of each sequence stand in their row.
+
+        Returns:
+            int [B, S, count], S being the most sequences of a row; -1 where there are fewer tokens.
+        """
+        return self._kept(("leading", count), lambda: self._leading(count))
+
     def scan(self, axes: str = "thw") -> Scan:
         """Return the reading order in which each clip is read along ``axes``, slowest first.
 
@@ -348,6 +366,33 @@ class TokenLayout:
         ends = torch.zeros(self.batch_size, numbers + 1, dtype=torch.long, device=self.device)
         ends.scatter_reduce_(1, extent + 1, after, "amax")
         return torch.where(extent >= 0, ends.gather(1, extent + 1), after)
+
+    def _number(self) -> Tensor:
+        number = torch.zeros(self.batch_size, self.length, dtype=torch.long, device=self.device)
+        if self.sequence is not None:
+            number[:, 1:] = (self.sequence[:, 1:] != self.sequence[:, :-1]).cumsum(1)
+        return number
+
+    def _rank(self) -> Tensor:
+        valid = torch.ones_like(self._positions()) if self.valid is None else self.valid.long()
+        before = valid.cumsum(1) - valid
+        if self.sequence is None:
+            return before
+        number = self.number
+        starts = torch.ones_like(number, dtype=torch.bool)
+        starts[:, 1:] = number[:, 1:] != number[:, :-1]
+        return before - before.masked_fill(~starts, 0).cummax(1).values
+
+    def _leading(self, count: int) -> Tensor:
+        sequences = int(self.number.max()) + 1 if self.sequence is not None and self.length else 1
+        leads = self.rank < count
+        if self.valid is not None:
+            leads = leads & self.valid
+        # What does not lead is put into one more slot, which is left out.
+        slot = torch.where(leads, self.number * count + self.rank, sequences * count)
+        table = torch.full((self.batch_size, sequences * count + 1), -1, device=self.device)
+        table.scatter_(1, slot, self._positions())
+        return table[:, :-1].view(self.batch_size, sequences, count)
 
     def _scan(self, axes: str) -> Scan:
         if sorted(axes) != ["h", "t", "w"]:

@@ -19,15 +19,17 @@ class MMateConfig(GateConfig, FlexMAConfig):
         window: As for ``swin3d``.
         shift: As for ``swin3d``.
         text_window: As for ``swin3d``; 0 is the paper.
+        sinks: As for ``swin3d``; 0 is the paper.
     """
 
     window: tuple[int, int, int] = (4, 4, 4)
     shift: bool = True
     text_window: int = 128
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_windows(self.window, self.text_window)
+        check_windows(self.window, self.text_window, self.sinks)
 
 
 @register("mmate", config=MMateConfig)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from mixers.interface import MixerState, Rotary
 from mixers.layout import Grid, TokenLayout
 from mixers.ops import block_attention
 from mixers.rotary import apply_rotary
+from mixers.sinks import Sinks, find_sinks, init_sinks, join_sinks
 from mixers.softmax import softmax_attention
 
 
@@ -25,6 +28,7 @@ def recent_attention(
     rotary: Rotary | None = None,
     grid_windows: tuple[Grid, bool] | None = None,
     softcap: float | None = None,
+    sinks: int = 0,
 ) -> Tensor:
     """Let tokens attend to the last ``window`` valid tokens of their sequence, themselves included.
 
@@ -40,30 +44,43 @@ def recent_attention(
         grid_windows: (size, shifted) of the 3-D windows inside which vision tokens look instead.
             None: they look back as text does.
         softcap: Bound of the scores. None: unbounded.
+        sinks: First valid tokens of a sequence that tokens beyond the window look at too.
 
     Returns:
         [B, N, H, P], zero at padding.
     """
+    one = q.shape[1] == 1 and layout.clip is None and state is not None
+    if rotary is not None and (sinks or one):
+        q, k, rotary = apply_rotary(q, *rotary), apply_rotary(k, *rotary), None
+    own = None
+    if sinks and q.shape[1]:
+        own = find_sinks(
+            k, v, layout, state, count=sinks, window=window, within_windows=grid_windows is not None
+        )
     if state is None:
-        y = _attend(q, k, v, layout, 0, None, window, rotary, grid_windows, scale, softcap)
+        return _attend(q, k, v, layout, 0, None, window, rotary, grid_windows, scale, softcap, own)
+    all_k, all_v, key_valid = _with_history(state, k, v, layout.valid)
+    if one:
+        y = _attend_from_one(q, all_k, all_v, key_valid, scale, softcap, own)
     else:
-        if q.shape[1] == 1 and rotary is not None:
-            q, k, rotary = apply_rotary(q, *rotary), apply_rotary(k, *rotary), None
-        all_k, all_v, key_valid = _with_history(state, k, v, layout.valid)
-        if q.shape[1] == 1 and layout.clip is None:
-            y = _attend_from_one(q, all_k, all_v, key_valid, scale, softcap)
-        else:
-            y = _attend(
-                q, all_k, all_v, layout, window - 1, key_valid, window, rotary, grid_windows, scale, softcap
-            )
-        _remember(state, k, v, layout.valid, rotary)
+        y = _attend(
+            q, all_k, all_v, layout, window - 1, key_valid, window, rotary, grid_windows, scale, softcap, own
+        )
+    _remember(state, k, v, layout.valid, rotary)
     return y
 
 
 def prepare_recent(
-    layout: TokenLayout, *, window: int, cached: bool, grid_windows: tuple[Grid, bool] | None = None
+    layout: TokenLayout,
+    *,
+    window: int,
+    cached: bool,
+    grid_windows: tuple[Grid, bool] | None = None,
+    sinks: int = 0,
 ) -> None:
     """Make the tables that :func:`recent_attention` asks of a layout, with a state or without one."""
+    if sinks:
+        layout.leading(sinks)
     if cached and layout.length == 1 and layout.clip is None:
         return
     _tables(layout, window - 1 if cached else 0, window, grid_windows)
@@ -84,18 +101,21 @@ def init_recent(
     head_dim: int,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
+    sinks: int = 0,
 ) -> MixerState:
     """Return the state of :func:`recent_attention` before the first token.
 
     Returns:
-        Keys and values ``k``, ``v`` [B, window - 1, G, P], most recent last, and ``seen`` [B], how
-        many valid tokens were read.
+        Keys and values ``k``, ``v`` [B, window - 1, G, P], most recent last, ``seen`` [B], how
+        many valid tokens were read, and with ``sinks`` what :func:`~mixers.sinks.init_sinks` says.
     """
+    held = init_sinks(batch_size, sinks, num_kv_heads, head_dim, dtype, device) if sinks else {}
     shape = (batch_size, window - 1, num_kv_heads, head_dim)
     return {
         "k": torch.zeros(shape, dtype=dtype, device=device),
         "v": torch.zeros(shape, dtype=dtype, device=device),
         "seen": torch.zeros(batch_size, dtype=torch.long, device=device),
+        **held,
     }
 
 
@@ -111,16 +131,30 @@ def _attend(
     grid_windows: tuple[Grid, bool] | None,
     scale: float,
     softcap: float | None,
+    sinks: Sinks | None,
 ) -> Tensor:
     blocks = _tables(layout, history, window, grid_windows)
-    return block_attention(q, k, v, blocks, scale=scale, key_valid=key_valid, rotary=rotary, softcap=softcap)
+    options: dict[str, Any] = {"key_valid": key_valid, "rotary": rotary, "softcap": softcap}
+    if sinks is None:
+        return block_attention(q, k, v, blocks, scale=scale, **options)
+    y, lse = block_attention(q, k, v, blocks, scale=scale, **options, with_lse=True)
+    return join_sinks(q, y, lse, sinks, scale=scale, softcap=softcap)
 
 
 def _attend_from_one(
-    q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor, scale: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_valid: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Sinks | None,
 ) -> Tensor:
     seen = key_valid.clone()
     seen[:, -1] = True
+    if sinks is not None:
+        seen = torch.cat([sinks.seen[:, 0], seen], dim=1)
+        k, v = torch.cat([sinks.k[:, 0], k], dim=1), torch.cat([sinks.v[:, 0], v], dim=1)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return softmax_attention(q, k, v, seen[:, None, None], scale=scale, softcap=softcap).transpose(1, 2)
 

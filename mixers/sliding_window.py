@@ -20,14 +20,18 @@ class SlidingWindowConfig(MixerConfig):
 
     Args:
         window: Tokens that each token looks at, itself included.
+        sinks: First tokens of a sequence that every token looks at besides (arXiv 2309.17453).
     """
 
     window: int = 128
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.window < 1:
             raise ConfigError(f"window must be at least 1, found {self.window}.")
+        if self.sinks < 0:
+            raise ConfigError(f"sinks must not be negative, found {self.sinks}.")
 
 
 @register("sliding_window", config=SlidingWindowConfig)
@@ -58,15 +62,24 @@ class SlidingWindow(TokenMixer):
             scale=self.scale,
             rotary=rotary,
             softcap=self.config.softcap,
+            sinks=self.config.sinks,
         )
         return y, None
 
     def prepare(self, layout: TokenLayout, *, cached: bool = False) -> None:
         """Make the window; see :meth:`TokenMixer.prepare`."""
-        prepare_recent(layout, window=self.config.window, cached=cached)
+        prepare_recent(layout, window=self.config.window, cached=cached, sinks=self.config.sinks)
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> MixerState:
         """Return the state of :func:`~mixers.recent.init_recent`."""
-        return init_recent(batch_size, self.config.window, self.num_kv_heads, self.head_dim, dtype, device)
+        return init_recent(
+            batch_size,
+            self.config.window,
+            self.num_kv_heads,
+            self.head_dim,
+            dtype,
+            device,
+            self.config.sinks,
+        )

@@ -24,13 +24,38 @@ def softmax_attention(
     Returns:
         [B, H, N, P].
     """
-    gqa = q.shape[1] != k.shape[1]
     if softcap is None:
+        gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=gqa)
-    if gqa:
-        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    scores = torch.tanh(q @ k.transpose(2, 3) * scale / softcap) * softcap
-    if seen is not None:
-        scores = scores.masked_fill(~seen, float("-inf"))
+    scores, v = _scores(q, k, v, seen, scale, softcap)
     wide = torch.promote_types(q.dtype, torch.float32)
     return scores.softmax(-1, dtype=wide).to(q.dtype) @ v
+
+
+def softmax_attention_and_lse(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, *, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Do as :func:`softmax_attention`, and tell log Σ exp of the scores, fp32 or wider [B, H, N].
+
+    With it averages over two sets of keys can be joined. Where a query looks at no key it is -inf, the average zero.
+    """
+    scores, v = _scores(q, k, v, seen, scale, softcap)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
+    return weights.to(q.dtype) @ v, lse
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Bound scores s to c·tanh(s / c); not at all for None."""
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def _scores(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Scores [B, H, N, M], -inf where not seen, and the values of each query head [B, H, M, P]."""
+    if q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    scores = capped(q @ k.transpose(2, 3) * scale, softcap)
+    return scores if seen is None else scores.masked_fill(~seen, float("-inf")), v

@@ -24,23 +24,30 @@ class Swin3DConfig(MixerConfig):
         shift: Whether odd layers move the windows by half their extent.
         text_window: Tokens that a text token looks back at, itself included, vision among them.
             0, as in the paper: text takes no part.
+        sinks: First tokens of a sequence that text tokens look at besides, and vision tokens where they are text
+            (arXiv 2309.17453; not in the paper). They need a text window.
     """
 
     window: tuple[int, int, int] = (4, 4, 4)
     shift: bool = True
     text_window: int = 128
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_windows(self.window, self.text_window)
+        check_windows(self.window, self.text_window, self.sinks)
 
 
-def check_windows(window: tuple[int, ...], text_window: int) -> None:
-    """Raise ConfigError unless the extents are positive and ``text_window`` is not negative."""
+def check_windows(window: tuple[int, ...], text_window: int, sinks: int) -> None:
+    """Raise ConfigError unless the extents are positive, the others not negative, and sinks have a text window."""
     if min(window) < 1:
         raise ConfigError(f"window must be three positive extents (t, h, w), found {window}.")
     if text_window < 0:
         raise ConfigError(f"text_window must not be negative, found {text_window}.")
+    if sinks < 0 or (sinks and not text_window):
+        raise ConfigError(
+            f"sinks must not be negative, and need a text_window, found sinks={sinks}, text_window={text_window}."
+        )
 
 
 @register("swin3d", config=Swin3DConfig)
@@ -77,6 +84,7 @@ class Swin3D(TokenMixer):
                 rotary=rotary,
                 grid_windows=(self.config.window, self._shifted),
                 softcap=self.config.softcap,
+                sinks=self.config.sinks,
             )
             return y, None
         windows, covered = layout.windows(self.config.window, self._shifted), layout.vision
@@ -89,7 +97,13 @@ class Swin3D(TokenMixer):
         """Make the windows; see :meth:`TokenMixer.prepare`."""
         grid_windows = (self.config.window, self._shifted)
         if self.config.text_window:
-            prepare_recent(layout, window=self.config.text_window, cached=cached, grid_windows=grid_windows)
+            prepare_recent(
+                layout,
+                window=self.config.text_window,
+                cached=cached,
+                grid_windows=grid_windows,
+                sinks=self.config.sinks,
+            )
         else:
             layout.windows(*grid_windows)
 
@@ -104,5 +118,11 @@ class Swin3D(TokenMixer):
         if self.config.text_window == 0:
             return {}
         return init_recent(
-            batch_size, self.config.text_window, self.num_kv_heads, self.head_dim, dtype, device
+            batch_size,
+            self.config.text_window,
+            self.num_kv_heads,
+            self.head_dim,
+            dtype,
+            device,
+            self.config.sinks,
         )

@@ -115,6 +115,40 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def write_rows(
+    path: Path,
+    command: str,
+    rows: list[dict[str, Any]],
+    figures: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    *,
+    join: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
+    read: Callable[[Path], Results] = Results.read,
+) -> None:
+    """Write rows as a results file, in the place of one that exists or added to it.
+
+    Args:
+        path: The file.
+        command: What made the rows.
+        rows: To write.
+        figures: Works out the figures of all rows.
+        join: Given the rows that the file has and these behind them, says which stay and in which order; other
+            processes may add to the file at the same time. None: the older ones are left out.
+        read: Reads the file, and refuses one of other rows.
+
+    Raises:
+        ResultsError: What shall be added to is not such a file, or a value is not JSON.
+    """
+    from recipes.data.packages import locked  # torch is slow to import
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock")):
+        if join is not None and path.exists():
+            old = read(path)
+            command = " && ".join(dict.fromkeys([*old.command.split(" && "), command]))
+            rows = join([*old.rows, *rows])
+        Results(command, figures(rows), rows).write(path)
+
+
 def describe_device() -> str:
     """Say what torch would compute on: the GPUs, or the processor and how many threads use it."""
     import torch

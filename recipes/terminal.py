@@ -68,7 +68,7 @@ class Commands(TyperGroup):
             raise typer.Exit(130) from None
         except Exception as error:
             # Typer's own exceptions carry an exit code and print themselves.
-            if ctx.params.get("debug") or hasattr(error, "exit_code") or isinstance(error, typer.Abort):
+            if debugging(ctx) or hasattr(error, "exit_code") or isinstance(error, typer.Abort):
                 raise
             err.print("[bold red]error:[/]", end=" ")
             err.print(_message(error), markup=False, soft_wrap=True)
@@ -85,6 +85,11 @@ def exit_code(error: Exception) -> int:
 def command_line(ctx: typer.Context) -> str:
     """Return the command as it was typed."""
     return ctx.find_root().meta.get("command", "linmu")
+
+
+def debugging(ctx: typer.Context) -> bool:
+    """Return whether ``--debug`` was given, with which an error comes as it is."""
+    return bool(ctx.find_root().params.get("debug"))
 
 
 @contextlib.contextmanager

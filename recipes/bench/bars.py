@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from recipes.results import Results
 
 Row = Mapping[str, Any]
 
@@ -226,21 +223,13 @@ def points(rows: Sequence[Row], tokens: int = TOKENS) -> list[dict[str, Any]]:
     return found
 
 
-def added(path: Path, command: str, rows: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
-    """Add rows to those of a results file that exists; a row of the same thing is replaced.
-
-    Returns:
-        The commands that made them, and all rows.
-    """
-    if not path.exists():
-        return command, rows
-    old = Results.read(path)
-    new = {_identity(row) for row in rows}
-    kept = [row for row in old.rows if _identity(row) not in new]
-    commands = dict.fromkeys([*old.command.split(" && "), command])
-    both = [*kept, *rows]
-    tables, ops = (list(dict.fromkeys(row.get(key) for row in both)) for key in ("table", "op"))
-    both.sort(
+def ordered(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Order rows by table, op, kind, implementation, dtype and length; of rows of the same thing the last stays."""
+    last = {_identity(row): place for place, row in enumerate(rows)}
+    kept = [row for place, row in enumerate(rows) if last[_identity(row)] == place]
+    tables, ops = (list(dict.fromkeys(row.get(key) for row in kept)) for key in ("table", "op"))
+    return sorted(
+        kept,
         key=lambda row: (
             tables.index(row.get("table")),
             ops.index(row.get("op")),
@@ -248,9 +237,8 @@ def added(path: Path, command: str, rows: list[dict[str, Any]]) -> tuple[str, li
             str(row.get("by")),
             str(row.get("dtype")),
             row.get("tokens") or 0,
-        )
+        ),
     )
-    return " && ".join(commands), both
 
 
 def _identity(row: Row) -> tuple[Any, ...]:

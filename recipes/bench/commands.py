@@ -17,6 +17,7 @@ from recipes.terminal import (
     Plot,
     UsageError,
     command_line,
+    debugging,
     err,
     out,
     spinner,
@@ -262,9 +263,10 @@ def recovery(
     """Run recipes and lay what they recover of their teachers side by side.
 
     Each is distilled and judged as it says itself; a teacher's own scores are
-    measured once. A run that fails is a row with a note, and the rest go on; a run
-    that was killed goes on when the same command is given again. With --add several
-    processes, one a GPU, fill one file.
+    measured once. A run that fails is a row with a note that names the file of its
+    traceback, and the rest go on (not with linmu --debug); a run that was killed
+    goes on when the same command is given again. With --add several processes, one
+    a GPU, fill one file.
 
     [dim]linmu bench recovery linmu-smollm2-135m 'peer-*' --json recovery.json[/]
     [dim]linmu bench recovery 'ablate-text-*' --scale 0.45 --seeds 0,1,2 --json a.json --add[/]
@@ -284,7 +286,7 @@ def recovery(
     with spinner("recovery") as now:
         for plan in plans:
             what = f"{plan.name}-{plan.seed}"
-            rows += run(plan, folder / what, shelf, functools.partial(now, what))
+            rows += run(plan, folder / what, shelf, functools.partial(now, what), debug=debugging(ctx))
             if json is not None:  # what is measured stays if the rest is cut short
                 write(json, command_line(ctx), rows, add=add)
     measured = [name for name in (*FIGURES, OF_TEACHER) if any(name in row for row in rows)]
@@ -378,12 +380,14 @@ def _print(title: str, rows: list[dict[str, Any]], more: Figures | None = None) 
 def _write(
     ctx: typer.Context, rows: list[dict[str, Any]], more: Figures | None, json: Path | None, add: bool
 ) -> None:
-    from recipes.bench.bars import added, figures
-    from recipes.results import Results
+    from recipes.bench.bars import figures, ordered
+    from recipes.results import write_rows
+
+    def all_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return (more(rows) if more else {}) | figures(rows)
 
     if json is not None:
-        command, rows = added(json, command_line(ctx), rows) if add else (command_line(ctx), rows)
-        Results(command, (more(rows) if more else {}) | figures(rows), rows).write(json)
+        write_rows(json, command_line(ctx), rows, all_figures, join=ordered if add else None)
 
 
 def _pair(

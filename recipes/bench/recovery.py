@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,12 +12,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from recipes.data.packages import locked
 from recipes.distill import distill
 from recipes.errors import InvalidRecipeError
 from recipes.plan import Recipe, TeacherSpec
 from recipes.report import Report, report
-from recipes.results import Results, ResultsError, spent
+from recipes.results import Results, ResultsError, spent, write_atomically, write_rows
 from recipes.teachers import load_teacher
 from recipes.yardstick import Yardstick
 
@@ -40,6 +40,8 @@ BY_STAGE = ("seconds_a_step", "tokens_a_second", "gpu_busy", "peak_gib")
 """What a row says of each stage, as ``"gpu_busy STAGE"``."""
 TEACHER = "the teacher"
 """What stands for a recipe's name in the teacher's row."""
+ERROR = "error.txt"
+"""File in a run's folder, with the traceback of a run that failed."""
 COMPARED = ("peer-", "ablate-")
 """How the names of recipes begin that others are compared with."""
 
@@ -85,7 +87,7 @@ def scaled(recipe: Recipe, scale: float = 1.0, seed: int | None = None) -> Recip
     return Recipe.from_dict(fields if seed is None else {**fields, "seed": seed})
 
 
-def recovery(recipe: Recipe, folder: Path, shelf: Shelf, say: Say) -> list[Row]:
+def recovery(recipe: Recipe, folder: Path, shelf: Shelf, say: Say, *, debug: bool = False) -> list[Row]:
     """Run a recipe and measure its student by what the recipe is judged by.
 
     Args:
@@ -93,6 +95,7 @@ def recovery(recipe: Recipe, folder: Path, shelf: Shelf, say: Say) -> list[Row]:
         folder: Of the run.
         shelf: Holds teachers; what it has measured of one already is not measured again.
         say: Told what is being done.
+        debug: Whether an error is raised, rather than noted.
 
     Returns:
         The row of ``"the teacher"``, then the student's. Both: ``recipe``, those of :data:`FIGURES` that were
@@ -100,11 +103,12 @@ def recovery(recipe: Recipe, folder: Path, shelf: Shelf, say: Say) -> list[Row]:
         also, where trivial answers are known: ``above_trivial_min``, the least by which it stands above them. The
         student's also: ``seed``, ``steps``, ``tokens`` read, ``minutes`` of training (without loading and the
         teacher's own answers), ``seconds_a_step``, and by stage those of :data:`BY_STAGE` that are known. A run
-        that fails has one row, with a ``note``.
+        that fails has one row, with a ``note``; its traceback is in the folder, as ``error.txt``.
     """
     own: Row = {"recipe": recipe.name, "seed": recipe.seed, "steps": sum(s.steps for s in recipe.stages)}
     gc.collect()  # models refer to themselves through their hooks, and stay after a run
     torch.cuda.empty_cache()
+    (folder / ERROR).unlink(missing_ok=True)
     try:
         say("loading")
         yardstick = shelf.teacher(recipe.teacher)
@@ -112,7 +116,9 @@ def recovery(recipe: Recipe, folder: Path, shelf: Shelf, say: Say) -> list[Row]:
         done = distill(recipe, folder, teacher=yardstick.teacher, task=task, callbacks=[_Steps(say)])
         found = report(recipe, done.student, yardstick, say=say)
     except Exception as error:  # whatever it is, the other recipes go on
-        return [{**own, "note": f"{type(error).__name__}: {' '.join(str(error).split())}"}]
+        if debug:
+            raise
+        return [{**own, "note": _noted(error, folder / ERROR)}]
     measured = _figures(found)
     of_teacher = {OF_TEACHER: measured.pop(OF_TEACHER)} if OF_TEACHER in measured else {}
     return [
@@ -192,14 +198,7 @@ def write(path: Path, command: str, rows: Sequence[Row], *, add: bool) -> None:
     Raises:
         recipes.results.ResultsError: What is there is not such a file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_name(f".{path.name}.lock")):
-        if add and path.exists():
-            old = read(path)
-            command = " && ".join(dict.fromkeys([*old.command.split(" && "), command]))
-            rows = [*old.rows, *rows]
-        rows = ordered(rows)
-        Results(command, figures(rows), rows).write(path)
+    write_rows(path, command, ordered(rows), figures, join=ordered if add else None, read=read)
 
 
 class _Steps(TrainerCallback):
@@ -212,6 +211,16 @@ class _Steps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.say(f"{args.run_name}, step {state.global_step} of {state.max_steps}")
+
+
+def _noted(error: Exception, file: Path) -> str:
+    """Write an error's traceback to a file, and return what a note says of it."""
+    note = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    try:
+        write_atomically(file, "".join(traceback.format_exception(error)))
+    except OSError:  # the disk may be full, which may be the error
+        return note
+    return f"{note} ({file})"
 
 
 def _cost(history: Sequence[Row]) -> Row:

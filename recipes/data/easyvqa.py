@@ -93,4 +93,4 @@ class EasyVQA(VisualTask):
                 f"ask for at least {per_image}"
             )
         images = self.pixels([paths[i % len(paths)] for i in range(round(tokens / per_image))])
-        return self._batch([question], [Shown(images, video=True)], [[]], "left")
+        return self._batch([question], [Shown(images, video=True)], "left")

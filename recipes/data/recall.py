@@ -28,6 +28,10 @@ TOLERANCE = 0.1
 """How far a prompt may be from the length asked for, as a fraction of it."""
 
 
+KEPT = 4096
+"""Test problems that are kept once they are made, at most."""
+
+
 class UnknownKind(TaskError, ValueError):
     """No kind of problem has that name."""
 
@@ -41,20 +45,29 @@ class BadLength(TaskError, ValueError):
 
 
 class Problems(MadeItems):
-    """One split: ``size`` problems of each kind at each length, the shortest first, each made when asked for."""
+    """One split: ``size`` problems of each kind at each length, the shortest first, each made when asked for.
+
+    Every evaluation asks for the same ones of the test split, so these are kept.
+    """
 
     def __init__(self, task: Recall, words: Sequence[str], split: str, size: int) -> None:
         self.task, self.words, self.split, self.size = task, words, split, size
         self.groups = list(product(task.lengths, task.kinds))
+        self._kept: dict[int, Item] = {}
 
     def __len__(self) -> int:
         return len(self.groups) * self.size
 
     def item(self, place: int) -> Item:
         """The problem at a place of the split."""
+        if place in self._kept:
+            return self._kept[place]
         group, number = divmod(place, self.size)
         length, kind = self.groups[group]
-        return self.make(kind, length, number)
+        made = self.make(kind, length, number)
+        if self.split == "test" and len(self._kept) < KEPT:
+            self._kept[place] = made
+        return made
 
     @property
     def sizes(self) -> list[int]:

@@ -26,6 +26,13 @@ class Shown(NamedTuple):
     video: bool = False
 
 
+class Reply(NamedTuple):
+    """What follows a prompt, and its labels."""
+
+    ids: list[int]
+    labels: list[int]
+
+
 class VisualTask(ABC):
     """The part of a `Task` between items with `"question"` and `"answer"` and the tensors of a Qwen-VL model.
 
@@ -82,15 +89,15 @@ class VisualTask(ABC):
         self,
         questions: Sequence[str],
         shown: Sequence[Shown],
-        answers: Sequence[list[int]],
         side: Literal["left", "right"],
+        replies: Sequence[Reply] | None = None,
     ) -> Batch:
         marks = {False: self.config.image_token_id, True: self.config.video_token_id}
         prompts = [
             self.prompt(question, marks[show.video], sum(map(self.patcher.tokens, show.frames)))
             for question, show in zip(self.ids(questions), shown)
         ]
-        rows = [prompt + answer for prompt, answer in zip(prompts, answers)]
+        rows = prompts if replies is None else [p + reply.ids for p, reply in zip(prompts, replies)]
         input_ids = pad(rows, self.tokenizer.pad_token_id, side)
         batch = {
             "input_ids": input_ids,
@@ -105,22 +112,32 @@ class VisualTask(ABC):
             if of_kind := [show.frames for show in shown if show.video == video]:
                 batch[values] = self.patcher.pixel_values([frame for frames in of_kind for frame in frames])
                 batch[grids] = torch.tensor([(len(frames), *frames[0].grid) for frames in of_kind])
-        if any(answers):
-            labels = [[IGNORED] * len(prompt) + answer for prompt, answer in zip(prompts, answers)]
+        if replies is not None:
+            labels = [[IGNORED] * len(prompt) + reply.labels for prompt, reply in zip(prompts, replies)]
             batch["labels"] = pad(labels, IGNORED, side)
         return batch
 
     def collate(self, items: Sequence[Item]) -> Batch:
-        """Training batch, right-padded; `labels` [B, N] is -100 except on the answer and its end token."""
+        """Training batch, right-padded; `labels` [B, N] is -100 except on answers and their end tokens.
+
+        An item's `"further"` questions, if it has any, follow its answer, each with its own.
+        """
         questions = [item["question"] for item in items]
-        answers = self.answer_ids([item["answer"] for item in items])
-        ended = [[*ids, self.tokenizer.eos_token_id] for ids in answers]
-        return self._batch(questions, self.shown(items), ended, "right")
+        return self._batch(questions, self.shown(items), "right", [self._reply(item) for item in items])
+
+    def _reply(self, item: Item) -> Reply:
+        end = self.tokenizer.eos_token_id
+        questions, answers = zip(("", item["answer"]), *item.get("further", ()))
+        reply = Reply([], [])
+        for question, answer in zip(self.ids(questions), self.answer_ids(answers)):
+            reply.ids.extend([*question, *answer, end])
+            reply.labels.extend([*[IGNORED] * len(question), *answer, end])
+        return reply
 
     def prompts(self, items: Sequence[Item]) -> Batch:
         """Inputs of `generate()`, left-padded."""
         questions = [item["question"] for item in items]
-        return self._batch(questions, self.shown(items), [[] for _ in items], "left")
+        return self._batch(questions, self.shown(items), "left")
 
     def score(self, item: Item, generated_ids: Tensor) -> float:
         """1.0 if the generated ids [N], up to the end token, read as the item's answer and nothing else.

@@ -20,7 +20,7 @@ FEATURES = 4 * MIDDLE + HEAD
 """Numbers that the network has for a token of 32×32 pixels: four positions at stride 16, one at stride 32."""
 
 FRAMES = 256
-"""Frames that go through the network at a time, which bounds the memory of a long video."""
+"""Frames that go through the network at a time, at most, which bounds the memory of a long video."""
 
 
 class GridError(RecipeError, ValueError):
@@ -147,8 +147,11 @@ class MiniVLMVisionTower(PreTrainedModel):
     def _features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] to [B, tokens, 1728].
 
-        Of each map to the same size: as they are, the middle one is five times as large as the last.
+        The maps are brought to the same size: as they are, the middle one is five times as large as the last. The
+        network runs on a power of two of images, for it is planned anew for each number that it has not seen.
         """
-        middle, last = self.encoder(images)
+        count = len(images)
+        empty = images.new_zeros(2 ** (count - 1).bit_length() - count, *images.shape[1:])
+        middle, last = (maps[:count] for maps in self.encoder(torch.cat([images, empty])))
         maps = (F.pixel_unshuffle(middle, 2).flatten(2), last.flatten(2))
         return torch.cat([F.layer_norm(x.transpose(1, 2), x.shape[1:2]) for x in maps], dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,19 @@ def test_identity(family: str) -> None:
         assert_close("logits", teacher(**inputs).logits[seen], student(**inputs).logits[seen], 1e-5)
     settings = {"max_new_tokens": 12, "do_sample": False}
     assert torch.equal(teacher.generate(**inputs, **settings), student.generate(**inputs, **settings))
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("init", ["attention", "random"])
+def test_nothing_is_left_on_the_cpu(family: str, dtype: torch.dtype, init: Any) -> None:
+    """When a model is converted where it stands, cast, or copied."""
+    model = models.FAMILIES[family]().cuda().to(dtype)
+    bridges.replace_attention(model, "mmate", init=init)
+    for step in (lambda m: m, lambda m: m.to(torch.bfloat16), copy.deepcopy):
+        model = step(model)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            assert tensor.is_cuda, name
 
 
 @every_family

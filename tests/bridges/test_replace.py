@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _device
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -194,3 +196,15 @@ def test_attention_layers_finds_them_before_and_after() -> None:
     bridges.replace_attention(model, {"1": "mmate"})
     kinds = {i: isinstance(a, bridges.MixerAttention) for i, a in bridges.attention_layers(model).items()}
     assert kinds == {0: False, 1: True}
+
+
+def test_new_weights_stand_where_a_loaded_model_does(tmp_path: Path) -> None:
+    """Meta stands for a GPU. While transformers loads, factory functions of torch are not what they were."""
+    models.teacher("llama").save_pretrained(tmp_path)
+    _device._device_constructors.cache_clear()  # as in a process that has made nothing on a device yet
+    try:
+        model = LlamaForCausalLM.from_pretrained(tmp_path).to("meta")
+        bridges.replace_attention(model, "mmate")
+    finally:
+        _device._device_constructors.cache_clear()
+    assert not [name for name, p in model.named_parameters() if not p.is_meta]

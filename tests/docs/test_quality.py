@@ -37,7 +37,7 @@ def test_the_page_has_a_place_for_every_file_and_says_which_is_absent(
 ) -> None:
     page = (ROOT / "docs" / "quality.md").read_text()
     shown = hooks.quality_page(page, tmp_path)
-    assert "<!--" not in shown
+    assert "<!-- docs/" not in shown
     for name in ("recovery_text", "ablations", "recovery_vlm"):
         assert f"Not measured yet: there is no `docs/results/{name}.json`." in shown
     assert hooks.quality_page("a\n<!-- docs/results/none.json -->\nb", tmp_path).startswith(

@@ -120,6 +120,15 @@ def same_window(rows: Rows, size: tuple[int, int, int], shifted: bool) -> Tensor
     return alike & vision[:, :, None] & vision[:, None]
 
 
+def first_tokens(rows: Rows, count: int) -> Tensor:
+    """Bool [B, N, N]: j is one of the first ``count`` valid tokens of i's sequence, and not after i."""
+    seen = torch.zeros(*rows.shape, rows.shape[1], dtype=torch.bool)
+    for row, tokens in rows.tokens_of_sequences():
+        for place, i in enumerate(tokens.tolist()):
+            seen[row, i, tokens[: min(count, place + 1)]] = True
+    return seen
+
+
 def last_tokens(rows: Rows, window: int) -> Tensor:
     """Bool [B, N, N]: j is one of the last ``window`` valid tokens of i's sequence up to i."""
     seen = torch.zeros(*rows.shape, rows.shape[1], dtype=torch.bool)

@@ -45,6 +45,14 @@ def gate_weights(mixer: TokenMixer, rows: Rows, x: torch.Tensor) -> dict[str, to
     return {name: (weights[name] * y)[..., 0] for name, y in outputs.items()}
 
 
+def test_the_bias_says_what_the_last_branch_starts_with() -> None:
+    for bias, share in ((0.0, 0.5), (-3.0, 0.9526)):
+        mixer = mixers.build("mmate", **TINY, gate="head", gate_bias=bias)
+        assert_close(
+            "share", torch.full((1, 4, 4), share), 1 - mixer.gate(torch.randn(1, 4, 24)).sigmoid(), 1e-4
+        )
+
+
 @GATES
 @given(rows=rows())
 def test_weights_sum_to_one(gate: str, rows: Rows) -> None:

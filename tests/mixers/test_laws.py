@@ -25,9 +25,11 @@ BIDIRECTIONAL = [
     "bimamba2-l2",
     "flex_ma",
     "swin3d",
+    "swin3d-sinks",
     "swin3d-paper",
     "gated",
     "mmate",
+    "mmate-sinks",
     "mmate-paper",
 ]
 LAYERS = st.integers(0, 5)

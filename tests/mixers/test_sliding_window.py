@@ -9,19 +9,26 @@ from hypothesis import strategies as st
 from mixers import TokenLayout
 from mixers.rotary import apply_rotary
 from tests.helpers import assert_close
-from tests.mixers.oracles import dense_attention, last_tokens
+from tests.mixers.oracles import dense_attention, first_tokens, last_tokens
 from tests.mixers.strategies import Rows, rows
 from tests.mixers.zoo import random_rotary, tiny
 
 
-@given(rows=rows(holes=True), window=st.integers(1, 12), softcap=st.sampled_from([None, 0.5]))
-def test_is_dense_attention_to_the_last_tokens(rows: Rows, window: int, softcap: float | None) -> None:
-    mixer = tiny("sliding_window", dtype=torch.float64, window=window, softcap=softcap)
+@given(
+    rows=rows(holes=True),
+    window=st.integers(1, 12),
+    sinks=st.integers(0, 3),
+    softcap=st.sampled_from([None, 0.5]),
+)
+def test_is_dense_attention_to_the_last_tokens_and_the_sinks(
+    rows: Rows, window: int, sinks: int, softcap: float | None
+) -> None:
+    mixer = tiny("sliding_window", dtype=torch.float64, window=window, sinks=sinks, softcap=softcap)
     x = torch.randn(*rows.shape, 24, dtype=torch.float64)
     rotary = random_rotary(*rows.shape, torch.float64)
     q, k, v = mixer.project(x)
     q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-    seen = last_tokens(rows, window)
+    seen = last_tokens(rows, window) | first_tokens(rows, sinks)
     want = mixer.o_proj(dense_attention(q, k, v, seen, mixer.scale, softcap).flatten(2))
     found = mixer(x, rows.layout, rotary)
     assert_close("y", want[rows.valid], found[rows.valid], 1e-12)
@@ -50,3 +57,16 @@ def test_state_is_the_window() -> None:
     x, mask = torch.randn(2, 3, 24), torch.tensor([[1, 1, 1], [0, 1, 0]])
     mixer(x, TokenLayout.from_mask(mask), state=state)
     assert state["seen"].tolist() == [3, 1]
+
+
+def test_state_holds_the_sinks_of_a_row() -> None:
+    """Also of one that begins with padding, or whose first tokens come one at a time."""
+    mixer = tiny("sliding_window", window=2, sinks=2)
+    x, mask = torch.randn(2, 4, 24), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    state = mixer.init_state(2)
+    for step in range(4):
+        mixer(x[:, step : step + 1], TokenLayout.from_mask(mask[:, step : step + 1]), state=state)
+    _, k, v = mixer.project(x)
+    first = torch.tensor([[0, 1], [2, 3]])
+    assert_close("k", torch.stack([k[row, at] for row, at in enumerate(first)]), state["sink_k"], 1e-6)
+    assert_close("v", torch.stack([v[row, at] for row, at in enumerate(first)]), state["sink_v"], 1e-6)

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mixers import TokenLayout
+from mixers import ConfigError, TokenLayout
 from mixers.rotary import apply_rotary
 from tests.helpers import assert_close
-from tests.mixers.oracles import dense_attention, last_tokens, same_window
+from tests.mixers.oracles import dense_attention, first_tokens, last_tokens, same_window
 from tests.mixers.strategies import Rows, rows
 from tests.mixers.zoo import random_rotary, tiny
 
@@ -55,9 +55,14 @@ def test_odd_layers_are_shifted(layer: int, shift: bool, moved: bool) -> None:
     assert gradient[0].abs().sum(-1).nonzero().flatten().tolist() == ([0, 1] if moved else [0, 1, 2, 3])
 
 
-@given(rows=rows(), layer=st.integers(0, 1), text_window=st.sampled_from([0, 1, 3, 50]))
-def test_is_dense_attention_over_windows(rows: Rows, layer: int, text_window: int) -> None:
-    mixer = tiny("swin3d", dtype=torch.float64, layer_idx=layer, text_window=text_window)
+@given(
+    rows=rows(),
+    layer=st.integers(0, 1),
+    looks=st.sampled_from([(0, 0), (1, 0), (3, 0), (50, 0), (1, 1), (3, 3), (50, 2)]),
+)
+def test_is_dense_attention_over_windows(rows: Rows, layer: int, looks: tuple[int, int]) -> None:
+    text_window, sinks = looks
+    mixer = tiny("swin3d", dtype=torch.float64, layer_idx=layer, text_window=text_window, sinks=sinks)
     x = torch.randn(*rows.shape, 24, dtype=torch.float64)
     rotary = random_rotary(*rows.shape, torch.float64)
     q, k, v = mixer.project(x)
@@ -65,6 +70,8 @@ def test_is_dense_attention_over_windows(rows: Rows, layer: int, text_window: in
     seen = same_window(rows, (2, 2, 3), shifted=layer == 1)
     if text_window:
         seen |= last_tokens(rows, text_window) & (rows.clip < 0)[..., None]
+        text = rows.clip < 0
+        seen |= first_tokens(rows, sinks) & (text[..., None] | text[:, None])
     y = dense_attention(q, k, v, seen, mixer.scale, mixer.config.softcap).masked_fill(
         ~seen.any(-1)[..., None, None], 0
     )
@@ -84,3 +91,8 @@ def test_says_what_it_covers(rows: Rows) -> None:
 
 def test_the_paper_keeps_no_state() -> None:
     assert tiny("swin3d-paper").init_state(2) == {}
+
+
+def test_sinks_need_a_text_window() -> None:
+    with pytest.raises(ConfigError, match="text_window"):
+        tiny("swin3d", text_window=0, sinks=1)

@@ -18,12 +18,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention": ("attention", {"qk_norm": "head"}),
     "attention-bidirectional": ("attention", {"bidirectional": True, "softcap": 2.0}),
     "sliding_window": ("sliding_window", {"window": 5, "qk_norm": "full"}),
+    "sliding_window-sinks": ("sliding_window", {"window": 3, "sinks": 2, "softcap": 2.0}),
     "mamba2": ("mamba2", SSD),
     "mamba2-head-decay": ("mamba2", {**SSD, "decay": "head", "normalizer": "none", "conv_size": 0}),
     "bimamba2": ("bimamba2", SSD),
     "bimamba2-l2": ("bimamba2", {**SSD, "feature_map": "l2", "scan": "rms", "decay": "head"}),
     "flex_ma": ("flex_ma", SSD),
     "swin3d": ("swin3d", {**WINDOWS, "softcap": 2.0}),
+    "swin3d-sinks": ("swin3d", {**WINDOWS, "text_window": 3, "sinks": 2}),
     "swin3d-paper": ("swin3d", {**WINDOWS, "text_window": 0}),
     "gated": (
         "gated",
@@ -36,6 +38,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mmate": ("mmate", {**SSD, **WINDOWS}),
+    "mmate-sinks": ("mmate", {**SSD, **WINDOWS, "sinks": 1, "gate": "head"}),
     "mmate-paper": (
         "mmate",
         {**SSD, **WINDOWS, "text_window": 0, "gate": "head", "share_projections": False, "qk_norm": "head"},

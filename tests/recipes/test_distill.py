@@ -12,6 +12,7 @@ from recipes.checkpoint import read_tensors
 from recipes.distill import adapt, distill, share_frozen
 from recipes.errors import CheckpointError, PatternError, RunError
 from recipes.plan import LoRA, Stage
+from recipes.report import report
 from recipes.run import Run
 from recipes.selection import select
 from recipes.trainer import GPU_LOAD, checkpoints
@@ -163,6 +164,34 @@ def test_a_bf16_teacher_gives_a_bf16_student(tmp_path):
     assert types["A_log"] == torch.float32
     assert {dtype for name, dtype in types.items() if name not in ("A_log", "dt_bias")} == {torch.bfloat16}
     assert all(entry["loss"] > 0 for entry in done.history)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"mixer": "mmate", "config": {"text_window": 4, "window": [1, 2, 2], "chunk_size": 8}},
+        {"mixer": "sliding_window", "config": {"window": 4}},
+    ],
+    ids=lambda student: student["mixer"],
+)
+def test_all_of_a_student_is_where_its_teacher_is(tmp_path, monkeypatch, student):
+    source, task = teacher(), Riddles(images=False)
+    source.model.to(torch.bfloat16)
+    monkeypatch.setattr("recipes.yardstick.load_task", lambda *_: task)
+    stages = [stage(), stage(name="two", lora={"targets": ["up_proj"], "rank": 2})]
+    judges = [{"task": "riddles", "measures": ["accuracy", "perplexity", "agreement"]}]
+    plan = recipe(*stages, student=student, judged_by=judges)
+    done = distill(plan, tmp_path, teacher=source, task=task, callbacks=QUIET)
+    assert source.model.device.type == "cuda"
+    for name, tensor in (*done.student.named_parameters(), *done.student.named_buffers()):
+        assert tensor.device == source.model.device, name
+    for name, parameter in weights(done.student).items():
+        decay = name.endswith(("A_log", "dt_bias"))
+        assert parameter.dtype == (torch.float32 if decay else torch.bfloat16), name
+    found = report(plan, done.student, source)
+    assert {row["measure"] for row in found.rows} == {"accuracy", "perplexity", "agreement"}
+    assert [row["layer"] for row in found.layers] == [0, 1]
 
 
 def test_a_refused_recipe_writes_nothing(tmp_path):

@@ -35,7 +35,7 @@ def _triton_unsupported(
     return triton_support.off_device(q, k, v, *(others.get("rotary") or ()))
 
 
-def _triton(*args: Any, **kwargs: Any) -> Tensor:
+def _triton(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
     from mixers.ops.window_attention.triton import block_attention as run
 
     return run(*args, **kwargs)
@@ -50,6 +50,8 @@ def _flex_unsupported(q: Tensor, k: Tensor, v: Tensor, *others: Any, **more: Any
         return f"a tensor is on {q.device}, not on a CUDA device"
     if q.shape[3] < FLEX_NARROWEST:
         return f"heads are {q.shape[3]} wide; flex_attention takes {FLEX_NARROWEST} at least"
+    if more.get("with_lse"):
+        return "its log-sum-exp is not used here"
     return "flex_attention has no float64" if q.dtype == torch.float64 else None
 
 
@@ -73,6 +75,7 @@ def _xformers_unsupported(
     *,
     key_valid: Tensor | None = None,
     softcap: float | None = None,
+    with_lse: bool = False,
     **others: Any,
 ) -> str | None:
     if q.device.type != "cuda":
@@ -83,6 +86,8 @@ def _xformers_unsupported(
         return "it takes no mask of valid keys"
     if softcap is not None:
         return "it has no soft-cap of the scores"
+    if with_lse:
+        return "it tells no log-sum-exp of windows"
     return (
         None
         if q.dtype in (torch.bfloat16, torch.float16)

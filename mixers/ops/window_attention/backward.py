@@ -102,15 +102,18 @@ def window_gradient(
 
 @triton.jit
 def query_backward_kernel(
-    dy, q, k, v, y, lse, dq, delta, queries, keys, first, stop, key_valid, cos, sin,
+    dy, q, k, v, y, lse, dlse, dq, delta, queries, keys, first, stop, key_valid, cos, sin,
     length, rows, query_slots, key_slots, tiles, scale, log_scale, cap,
     dy_b, dy_n, dy_h, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, rot_b, rot_n,
     G: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, TURNED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
-    BANDED: tl.constexpr, ROTARY: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+    BANDED: tl.constexpr, JOINED: tl.constexpr, ROTARY: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
     STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one tile of queries of one head, and delta = Σ dy·y for :func:`key_backward_kernel`."""
+    """Gradient of one tile of queries of one head, and delta for :func:`key_backward_kernel`.
+
+    delta is Σ dy·y, less the gradient of log Σ exp where JOINED: it moves a score by its weight, as dy·v does.
+    """
     pid = tl.program_id(0)
     h, block, tile = pid % (G * GROUP), pid // (G * GROUP) // tiles, pid // (G * GROUP) % tiles
     g = h // GROUP
@@ -134,6 +137,8 @@ def query_backward_kernel(
     of_y = load_whole(y + h * P, own_rows, asked, P, BLOCK_P)
     share = tl.sum(do.to(tl.float32) * of_y.to(tl.float32), 1)
     at_head = token * (G * GROUP) + h
+    if JOINED:
+        share -= tl.load(dlse + at_head, mask=asked, other=0.0)
     tl.store(delta + at_head, share, mask=asked)
     norm = tl.load(lse + at_head, mask=asked, other=float("inf"))
     do = do.to(DOT)

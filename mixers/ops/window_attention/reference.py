@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixers.blocks import Blocks
 from mixers.rotary import apply_rotary
-from mixers.softmax import softmax_attention
+from mixers.softmax import softmax_attention, softmax_attention_and_lse
 
 BLOCK_TOKENS = 16384
 """Query slots that are gathered at a time, which bounds the scratch memory."""
@@ -25,7 +25,8 @@ def block_attention(
     key_valid: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
     softcap: float | None = None,
-) -> Tensor:
+    with_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Let each query of a block attend to the block's keys.
 
     Args:
@@ -40,13 +41,15 @@ def block_attention(
             queries and the last N keys are rotated by first (rotate-half convention, the first R of P
             channels). Earlier keys are rotated already. None: all are.
         softcap: Bound c of the scores: s → c·tanh(s / c). None: unbounded.
+        with_lse: Whether to tell log Σ exp of the scores too.
 
     Returns:
-        [B, N, H, P], zero at tokens that are no block's query.
+        [B, N, H, P], zero at tokens that are no block's query. ``with_lse``: also log Σ exp, fp32 or wider
+        [B, N, H], -inf at these.
     """
     q, k = rotated(q, k, rotary)
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
-    placed, outputs = [], []
+    placed, outputs, logs = [], [], []
     for part in _parts([blocks] if isinstance(blocks, Blocks) else blocks):
         seen = part.allowed
         if seen is None:
@@ -55,21 +58,25 @@ def block_attention(
             seen = seen & key_valid.flatten()[part.keys.clamp_min(0)][:, None]
         # A slot without a query may look anywhere, so that no softmax is over nothing.
         seen = seen | (part.queries < 0)[..., None]
-        y = softmax_attention(
-            flat_q[part.queries.clamp_min(0)].transpose(1, 2),
-            flat_k[part.keys.clamp_min(0)].transpose(1, 2),
-            flat_v[part.keys.clamp_min(0)].transpose(1, 2),
-            seen[:, None],
-            scale=scale,
-            softcap=softcap,
-        ).transpose(1, 2)
+        own = flat_q[part.queries.clamp_min(0)], *(t[part.keys.clamp_min(0)] for t in (flat_k, flat_v))
+        queries, keys, values = (t.transpose(1, 2) for t in own)
         used = part.queries >= 0
+        if with_lse:
+            y, lse = softmax_attention_and_lse(
+                queries, keys, values, seen[:, None], scale=scale, softcap=softcap
+            )
+            logs.append(lse.transpose(1, 2)[used])
+        else:
+            y = softmax_attention(queries, keys, values, seen[:, None], scale=scale, softcap=softcap)
         placed.append(part.queries[used].long())
-        outputs.append(y[used])
+        outputs.append(y.transpose(1, 2)[used])
     result = torch.zeros_like(flat_q)
+    lse = flat_q.new_full(flat_q.shape[:2], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
     if placed:
-        result = result.index_copy(0, torch.cat(placed), torch.cat(outputs).to(result.dtype))
-    return result.view_as(q)
+        index = torch.cat(placed)
+        result = result.index_copy(0, index, torch.cat(outputs).to(result.dtype))
+        lse = lse.index_copy(0, index, torch.cat(logs)) if with_lse else lse
+    return (result.view_as(q), lse.view(q.shape[:3])) if with_lse else result.view_as(q)
 
 
 def rotated(q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from mixers.ops.window_attention.backward import (
 from mixers.ops.window_attention.forward import forward_kernel
 
 LOG2E = math.log2(math.e)
+INFINITY = float("inf")
 
 
 class Table(NamedTuple):
@@ -48,11 +49,14 @@ def block_attention(
     key_valid: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
     softcap: float | None = None,
-) -> Tensor:
+    with_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Let each query of a block attend to the block's keys; see the reference."""
     tables = [blocks] if isinstance(blocks, Blocks) else list(blocks)
     if not tables or q.numel() == 0:
-        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+        nothing = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        lse = torch.full(q.shape[:3], -INFINITY, dtype=torch.float32, device=q.device)
+        return (nothing, lse) if with_lse else nothing
     dtype = q.dtype
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
@@ -64,10 +68,12 @@ def block_attention(
     idle = largest.queries[:0, 0] if _fills(tables, q) else largest.idle
     covered = _fills(transposed[:1], k)
     cap = 0.0 if softcap is None else softcap * LOG2E
-    y, _ = attention(
-        q, k, v, _flat(tables), _flat(transposed), key_valid, cos, sin, idle, scale, cap, covered
+    y, lse = attention(
+        q, k, v, _flat(tables), _flat(transposed), key_valid, cos, sin, idle, scale, cap, covered, with_lse
     )
-    return y.to(dtype)
+    if not with_lse:
+        return y.to(dtype)
+    return y.to(dtype), torch.where(lse == INFINITY, -INFINITY, lse / LOG2E)
 
 
 @torch.library.custom_op("linmu::block_attention", mutates_args=())
@@ -84,6 +90,7 @@ def attention(
     scale: float,
     cap: float,
     covered: bool,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run the forward kernel on every table.
 
@@ -100,14 +107,15 @@ def attention(
         scale: Factor on query·key.
         cap: Bound of the scores in units of log 2; 0: unbounded.
         covered: Whether every key is looked at in the first table.
+        with_lse: Whether the second result is asked for, and has a gradient.
 
     Returns:
-        y [B, N, H, P], and log2 Σ exp of the scores, [B, N, H], where a backward kernel needs it
-        (no element without ``transposed``).
+        y [B, N, H, P], and log2 Σ exp of the scores, [B, N, H], where it is asked for or a backward kernel
+        needs it; where it is asked for, infinite at tokens that are no query. Else it has no element.
     """
     y = _blank(q, idle)
-    lse = _like_lse(q, transposed)
-    call = _Call(q, k, v, key_valid, cos, sin, cap)
+    lse = _like_lse(q, transposed, with_lse)
+    call = _Call(q, k, v, key_valid, cos, sin, cap, with_lse)
     for table in _tables(tables):
         (groups, query_slots), key_slots = table.queries.shape, table.keys.shape[1]
         cut = launch.forward(query_slots, key_slots, q.shape[3], q.dtype, call.shared)
@@ -117,14 +125,14 @@ def attention(
                 call.q, call.k, call.v, y, lse, *table, *call.masks,
                 *call.lengths, query_slots, key_slots, tiles, scale * LOG2E, cap, *call.strides,
                 **call.options(cut), SINGLE=cut.single, BANDED=table.banded,
-                KEEP_LSE=bool(transposed) and call.whole_window(table) is None,
+                KEEP_LSE=with_lse or (bool(transposed) and call.whole_window(table) is None),
             )  # fmt: skip
     return y, lse
 
 
 @attention.register_fake
-def _(q, k, v, tables, transposed, key_valid, cos, sin, idle, scale, cap, covered):  # type: ignore[no-untyped-def]
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), _like_lse(q, transposed)
+def _(q, k, v, tables, transposed, key_valid, cos, sin, idle, scale, cap, covered, with_lse):  # type: ignore[no-untyped-def]
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), _like_lse(q, transposed, with_lse)
 
 
 @torch.library.custom_op("linmu::block_attention_backward", mutates_args=())
@@ -135,6 +143,7 @@ def attention_backward(
     v: Tensor,
     y: Tensor,
     lse: Tensor,
+    dlse: Tensor | None,
     tables: Sequence[Tensor],
     transposed: Sequence[Tensor],
     key_valid: Tensor | None,
@@ -145,14 +154,15 @@ def attention_backward(
     cap: float,
     covered: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v, given that of y; arguments as for :func:`attention`."""
+    """Return the gradients of q, k and v, given those of y and of lse, if it has one; see :func:`attention`."""
     dq = _blank(q, idle)
     dk, dv = (
         (torch.empty if covered else torch.zeros)(t.shape, dtype=t.dtype, device=t.device) for t in (k, v)
     )
     dy = rows(dy)
     delta = torch.empty_like(lse)
-    call = _Call(q, k, v, key_valid, cos, sin, cap)
+    call = _Call(q, k, v, key_valid, cos, sin, cap, dlse is not None)
+    joined = None if dlse is None else (dlse * LOG2E).contiguous()
     strides = (*dy.stride()[:3], *call.strides)
     for number, (table, back) in enumerate(zip(_tables(tables), _tables(transposed))):
         (groups, query_slots), key_slots = table.queries.shape, table.keys.shape[1]
@@ -169,9 +179,9 @@ def attention_backward(
             cut = launch.backward_by_tiles(query_slots, key_slots, q.shape[3], q.dtype, call.shared)
             tiles = triton.cdiv(query_slots, cut.queries)
             query_backward_kernel[(groups * tiles * q.shape[2],)](
-                dy, call.q, call.k, call.v, y, lse, dq, delta, *table, *call.masks,
+                dy, call.q, call.k, call.v, y, lse, joined, dq, delta, *table, *call.masks,
                 *call.lengths, query_slots, key_slots, tiles, *scales, *strides,
-                **call.options(cut), BANDED=table.banded,
+                **call.options(cut), BANDED=table.banded, JOINED=joined is not None,
             )  # fmt: skip
             groups, key_slots = back.queries.shape
             tiles = triton.cdiv(key_slots, cut.keys)
@@ -184,23 +194,24 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(dy, q, k, v, y, lse, tables, transposed, key_valid, cos, sin, idle, scale, cap, covered):  # type: ignore[no-untyped-def]
+def _(dy, q, k, v, y, lse, dlse, tables, transposed, key_valid, cos, sin, idle, scale, cap, covered):  # type: ignore[no-untyped-def]
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, tables, transposed, key_valid, cos, sin, idle, *ctx.rest = inputs
+    q, k, v, tables, transposed, key_valid, cos, sin, idle, *ctx.rest, ctx.with_lse = inputs
     ctx.counts = len(tables), len(transposed)
     ctx.save_for_backward(q, k, v, *output, key_valid, cos, sin, idle, *tables, *transposed)
 
 
-def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dy: Tensor, dlse: Tensor) -> tuple[Any, ...]:
     q, k, v, y, lse, key_valid, cos, sin, idle, *tables = ctx.saved_tensors
     forward, back = ctx.counts
+    joined = dlse if ctx.with_lse else None
     dq, dk, dv = attention_backward(
-        dy, q, k, v, y, lse, tables[:forward], tables[forward:], key_valid, cos, sin, idle, *ctx.rest
+        dy, q, k, v, y, lse, joined, tables[:forward], tables[forward:], key_valid, cos, sin, idle, *ctx.rest
     )
-    return dq, dk, dv, [None] * forward, [None] * back, *[None] * 7
+    return dq, dk, dv, [None] * forward, [None] * back, *[None] * 8
 
 
 attention.register_autograd(_differentiate, setup_context=_setup)
@@ -218,8 +229,9 @@ class _Call:
         cos: Tensor | None,
         sin: Tensor | None,
         cap: float,
+        with_lse: bool,
     ) -> None:
-        self.capped = cap > 0
+        self.capped, self.with_lse = cap > 0, with_lse
         self.q, self.k, self.v = rows(q), rows(k), rows(v)
         self.shared = triton_support.shared_memory(q.device)
         turned, angles = (q.shape[3] + 1) // 2, (0, 0)
@@ -253,8 +265,8 @@ class _Call:
         }
 
     def whole_window(self, table: Table) -> launch.Launch | None:
-        """Return how to launch the backward kernel of whole windows, None where it does not fit the table."""
-        if table.banded:
+        """Return how to launch the backward kernel of whole windows, None where it does not fit the call."""
+        if table.banded or self.with_lse:
             return None
         slots = table.queries.shape[1], table.keys.shape[1]
         return launch.backward_of_windows(*slots, self.q.shape[3], self.q.dtype, self.shared)
@@ -270,7 +282,9 @@ def _blank(like: Tensor, idle: Tensor | None) -> Tensor:
     return blank
 
 
-def _like_lse(q: Tensor, transposed: Sequence[Tensor]) -> Tensor:
+def _like_lse(q: Tensor, transposed: Sequence[Tensor], with_lse: bool) -> Tensor:
+    if with_lse:
+        return torch.full(q.shape[:3], INFINITY, dtype=torch.float32, device=q.device)
     shape = q.shape[:3] if transposed else (0,)
     return torch.empty(shape, dtype=torch.float32, device=q.device)
 

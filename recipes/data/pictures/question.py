@@ -25,7 +25,8 @@ Choice = TypeVar("Choice")
 class Question(NamedTuple):
     """What is shown, what is asked, and the one right answer.
 
-    `choices` counts the answers that the question itself leaves open, where it does: 2 for yes and no.
+    `choices` counts the answers that the question itself leaves open, where it does: 2 for yes and no. `further` are
+    more questions on the same frames, each with its answer, to train on.
     """
 
     question: str
@@ -33,6 +34,7 @@ class Question(NamedTuple):
     frames: tuple[Frame, ...]
     choices: int = 0
     video: bool = False
+    further: tuple[tuple[str, str], ...] = ()
 
 
 Form = Callable[[Shelf, Random, int], Question]

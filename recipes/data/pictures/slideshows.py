@@ -6,6 +6,8 @@ and counting single frames among many. Pictures may come again, those that are a
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 
 from recipes.data.pictures.frames import PALE, Frame, Line, Sprite
@@ -15,6 +17,9 @@ from recipes.data.pictures.stills import CORNERS
 
 MOST = 6
 """The largest count that is asked for."""
+
+LISTED = 12
+"""Pictures that are listed at once in training."""
 
 
 def _slide(picture: int) -> Frame:
@@ -111,3 +116,49 @@ def _text(shelf: Shelf, draw: Random, frames: int) -> Question:
 
 
 NEEDLE: Group = {"count": _count, "corner": _corner, "text": _text}
+
+
+def further(shelf: Shelf, draw: Random, frames: Sequence[Frame], count: int) -> tuple[tuple[str, str], ...]:
+    """Ask more of a slideshow, to train on: to look at a long video costs as much for one question as for many.
+
+    Lists of what was shown come first, for they name many frames at once; the others are questions that are judged by.
+
+    Returns:
+        At most so many different questions, each with its answer. All names in them are trained.
+    """
+    names = [_named(shelf, frame) for frame in frames]
+    once = {name: names.index(name) for name, times in Counter(names).items() if name and times == 1}
+    asked = dict(_lists(draw, names, once))
+    others: dict[str, str] = {}
+    for name in draw.sample(list(once), min(count, len(once))):
+        other, place = draw.choice(list(once)), once[name] + 1
+        if place < len(names) and (after := names[place]):
+            others[f"What came right after the {name}?"] = after
+        if other != name:
+            others[f"Which came earlier: {name} or {other}?"] = min(name, other, key=lambda n: once[n])
+    for name in [*draw.sample(list(once), min(1, len(once))), _name(shelf, draw), _name(shelf, draw)]:
+        others[f"Was the {name} shown?"] = "yes" if name in names else "no"
+        if 1 <= names.count(name) <= MOST:
+            others[f"How many times was the {name} shown?"] = str(names.count(name))
+    mixed = draw.sample(list(others.items()), len(others))
+    return (*asked.items(), *mixed)[:count]
+
+
+def _named(shelf: Shelf, frame: Frame) -> str | None:
+    """The name of a frame's picture, if it is a trained one."""
+    thing = frame.things[0]
+    name = shelf.pack.pictures[thing.picture].name if isinstance(thing, Sprite) else None
+    return name if name in shelf.known else None
+
+
+def _lists(draw: Random, names: Sequence[str | None], once: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Ask for what was shown at the end, at the beginning, and after a picture, where all of it has a name."""
+    size = draw.randint(2, min(LISTED, len(names) - 1))
+    runs = {f"List the last {size}.": names[-size:], f"List the first {size}.": names[:size]}
+    if inner := [name for name, place in once.items() if place + size < len(names)]:
+        name = draw.choice(inner)
+        runs[f"List the {size} after the {name}."] = names[once[name] + 1 : once[name] + 1 + size]
+    for question, run in draw.sample(list(runs.items()), len(runs)):
+        known = [name for name in run if name]
+        if len(known) == len(run):
+            yield question, ", ".join(known)

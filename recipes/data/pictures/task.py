@@ -17,7 +17,7 @@ from recipes.data.pictures.frames import Canvas, Frame
 from recipes.data.pictures.pack import Pack, load_pack
 from recipes.data.pictures.question import COLORS, Group
 from recipes.data.pictures.shelf import Shelf, shelf
-from recipes.data.pictures.slideshows import NEEDLE, SLIDESHOW
+from recipes.data.pictures.slideshows import NEEDLE, SLIDESHOW, further
 from recipes.data.pictures.stills import CORNERS, NAMES, READING
 from recipes.data.task import DatasetNotInstalled, Item, MadeItems, TaskError, VideoTooShort
 from recipes.data.visual import Shown, VisualTask
@@ -104,6 +104,11 @@ class Questions(MadeItems):
         turn, place = divmod(number, len(forms))
         form = Random(f"{key} turn {turn}").sample(list(forms), len(forms))[place]
         question = forms[form](self.shelf, Random(f"{key} {number}"), length // self.task.frame_tokens)
+        if length and self.split == "train" and self.task.further:
+            draw = Random(f"{key} {number} further")
+            question = question._replace(
+                further=further(self.shelf, draw, question.frames, self.task.further)
+            )
         category = _category(group, length)
         return {"group": group, "category": category, "form": form, "length": length, **question._asdict()}
 
@@ -120,8 +125,8 @@ class Pictures(VisualTask):
     The test split asks about names in a style that training does not show them in, about names, words, fonts and
     maps that training does not show at all, and at lengths of its own.
 
-    Items are `{"group", "category", "form", "length", "question", "answer", "frames", "choices", "video"}`: frames as
-    data, drawn when a batch is made. They are a function of the options, not of the order of access.
+    Items are `{"group", "category", "form", "length", "question", "answer", "frames", "choices", "video", "further"}`:
+    frames as data, drawn when a batch is made. They are a function of the options, not of the order of access.
 
     Args:
         config: The model's config: it says how images become patches and which ids mark vision.
@@ -133,6 +138,7 @@ class Pictures(VisualTask):
         test_lengths: Vision tokens of those to be judged by.
         train_size: Training questions of each group, and of each length of a long one.
         test_size: Test questions likewise.
+        further: More questions on each long video of training, at most, answered one after the other.
         side: Pixels of a frame's side.
         seed: Of all draws.
 
@@ -157,6 +163,7 @@ class Pictures(VisualTask):
         test_lengths: Sequence[int] = (1024, 4096, 16384),
         train_size: int = 10_000,
         test_size: int = 140,
+        further: int = 0,
         side: int = 128,
         seed: int = 0,
     ) -> None:
@@ -172,13 +179,13 @@ class Pictures(VisualTask):
                 raise UnknownGroup(
                     f"pictures has no group {group!r}.{near(group, GROUPS)} Its groups: {', '.join(GROUPS)}."
                 )
-        if not groups or train_size < 1 or test_size < 1 or not (lengths and test_lengths):
+        if not groups or train_size < 1 or test_size < 1 or further < 0 or not (lengths and test_lengths):
             raise ValueError(
-                "pictures needs a group, lengths, and sizes of at least 1; found "
-                f"groups={list(groups)}, lengths={list(lengths)}, test_lengths={list(test_lengths)}, "
-                f"train_size={train_size}, test_size={test_size}"
+                "pictures needs a group, lengths, sizes of at least 1, and no negative number of further questions; "
+                f"found groups={list(groups)}, lengths={list(lengths)}, test_lengths={list(test_lengths)}, "
+                f"train_size={train_size}, test_size={test_size}, further={further}"
             )
-        self.seed, self.groups = seed, tuple(dict.fromkeys(groups))
+        self.further, self.seed, self.groups = further, seed, tuple(dict.fromkeys(groups))
         self.pack = pack if isinstance(pack, Pack) else load_pack(pack)
         self.canvas = Canvas(self.pack, side)
         self.frame_tokens = self.patcher.tokens(self.canvas.cut(Frame(()), self.patcher))

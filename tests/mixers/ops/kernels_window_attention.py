@@ -26,6 +26,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "part rotary", _call(video, both, bf16, 128, turned=64)
     yield "soft-cap", _call(video, both, bf16, 128, softcap=50.0)
     yield "soft-cap, windows", _call(video, [video.windows((4, 4, 4))], bf16, 128, softcap=50.0)
+    yield "with log-sum-exp", _call(video, both, bf16, 128, with_lse=True)
     yield (
         "with history",
         _call(video, [video.recent(128, text_only=False, history=127)], bf16, 128, history=127),
@@ -41,6 +42,7 @@ def _call(
     turned: int | None = None,
     history: int = 0,
     softcap: float | None = None,
+    with_lse: bool = False,
 ) -> Callable[[], Any]:
     def call() -> None:
         q, k, v = (
@@ -51,7 +53,7 @@ def _call(
         rotary = (angles.cos(), angles.sin()) if turned != 0 else None
         key_valid = torch.ones(k.shape[:2], dtype=torch.bool) if history else None
         options = {"key_valid": key_valid, "rotary": rotary, "softcap": softcap}
-        y = block_attention(q, k, v, blocks, scale=0.1, **options)
-        y.sum().backward()
+        found = block_attention(q, k, v, blocks, scale=0.1, with_lse=with_lse, **options)
+        sum(t.float().sum() for t in (found if with_lse else [found])).backward()
 
     return call

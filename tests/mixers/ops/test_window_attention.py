@@ -35,6 +35,13 @@ def check(
     found = block_attention(q, k, v, blocks, scale=0.5, softcap=softcap)
     want = dense_attention(q, k, v, seen, 0.5, softcap)
     assert_close("y", want, found, 1e-12)
+    again, lse = block_attention(q, k, v, blocks, scale=0.5, softcap=softcap, with_lse=True)
+    assert_close("y with its log-sum-exp", want, again, 1e-12)
+    one = torch.ones_like(v)  # the average of what is one everywhere, so that the sum itself is left
+    total = dense_attention(q, k, one, seen, 0.5, softcap)[..., 0] * lse.exp()
+    scores = torch.einsum("bngrp,bmgp->bngrm", q.unflatten(2, (k.shape[2], -1)), k).flatten(2, 3) * 0.5
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    assert_close("sum", scores.exp().mul(seen[:, :, None]).sum(-1), total, 1e-12)
     weigh = torch.randn_like(q)
     for name, a, b in zip(
         "qkv",

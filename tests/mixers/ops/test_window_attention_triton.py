@@ -39,11 +39,16 @@ def run(
     rotary: tuple[Tensor, Tensor] | None,
     key_valid: Tensor | None = None,
     softcap: float | None = None,
+    with_lse: bool = False,
 ) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in tensors]
-    options = {"key_valid": key_valid, "rotary": rotary, "softcap": softcap}
+    options = {"key_valid": key_valid, "rotary": rotary, "softcap": softcap, "with_lse": with_lse}
     y = block_attention(*leaves, tables, scale=0.3, **options, backend=backend)
-    return [y, *torch.autograd.grad(y, leaves, dy.to(y))]
+    if not with_lse:
+        return [y, *torch.autograd.grad(y, leaves, dy.to(y))]
+    y, lse = y
+    share = lse.sigmoid()  # both results are used, as where they are joined with other keys
+    return [y, share, *torch.autograd.grad(y * share[..., None].to(y), leaves, dy.to(y))]
 
 
 def check(
@@ -57,6 +62,7 @@ def check(
     dtype: torch.dtype = torch.float32,
     key_valid: Tensor | None = None,
     softcap: float | None = None,
+    with_lse: bool = False,
 ) -> None:
     """Compare the backends on the same rounded inputs, which are views into one projection."""
     present = [t for t in tables if t is not None]
@@ -71,12 +77,15 @@ def check(
     if turned:
         cos, sin = random_rotary(batch, length, torch.float64, turned)
         rotary = cos.to(DEVICE, dtype), sin.to(DEVICE, dtype)
-    found = run("triton", (q, k, v), dy, present, rotary, key_valid, softcap)
+    found = run("triton", (q, k, v), dy, present, rotary, key_valid, softcap, with_lse)
     exact = None if rotary is None else (rotary[0].double(), rotary[1].double())
-    want = run("reference", (q.double(), k.double(), v.double()), dy, present, exact, key_valid, softcap)
+    want = run(
+        "reference", (q.double(), k.double(), v.double()), dy, present, exact, key_valid, softcap, with_lse
+    )
     tolerance = INTERPRETED_TOLERANCE if DEVICE == "cpu" and dtype != torch.float32 else TOLERANCE[dtype]
-    for name, a, b in zip(("y", "dq", "dk", "dv"), want, found):
-        assert b.dtype == dtype
+    names = ("y", *(["share"] if with_lse else []), "dq", "dk", "dv")
+    for name, a, b in zip(names, want, found, strict=True):
+        assert b.dtype == (torch.float32 if name == "share" else dtype)
         assert_close(name, a, b, tolerance)
 
 
@@ -122,6 +131,22 @@ def test_a_soft_cap(softcap: float, size: tuple[int, int, int]) -> None:
     layout = TokenLayout.from_grids(90, [[(3, (4, 4, 5))]], valid=valid)
     tables = [layout.windows(size), layout.recent(4, text_only=True)]
     check(layout, tables, heads=(2, 1), softcap=softcap, key_valid=valid)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_log_of_the_sum_of_exponents(softcap: float | None, dtype: torch.dtype) -> None:
+    """Of windows too, which then go through the kernels of tiles; -inf at padding and where nobody looks."""
+    valid = torch.ones(1, 60, dtype=torch.bool, device=DEVICE)
+    valid[:, :3] = False
+    layout = TokenLayout.from_grids(60, [[(9, (2, 3, 4))]], valid=valid)
+    windows = layout.windows((2, 2, 3))
+    both = [windows, layout.recent(5, text_only=True)]
+    check(layout, both, width=16, softcap=softcap, dtype=dtype, with_lse=True)
+    q = torch.randn(1, 60, 2, 8, device=DEVICE)
+    for backend in ("triton", "reference"):
+        _, lse = block_attention(q, q, q, windows, scale=1.0, with_lse=True, backend=backend)
+        assert (lse.isfinite().all(2) == layout.vision).all()
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])

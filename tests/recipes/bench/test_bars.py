@@ -12,15 +12,15 @@ from recipes.bench.bars import (
     BARS,
     TOKENS,
     Bar,
-    added,
     best_at,
     crossover,
     figures,
     largest_error,
+    ordered,
     points,
     summed,
 )
-from recipes.results import Results
+from recipes.results import Results, write_rows
 
 
 def speed(op: str, by: str, kind: str, tokens: int | None = TOKENS, **values: Any) -> dict[str, Any]:
@@ -148,12 +148,17 @@ def test_verdicts() -> None:
 
 
 def test_rows_are_added_to_a_file_and_the_same_ones_replaced(tmp_path: Path) -> None:
+    def added(command: str, rows: list) -> tuple[str, list]:
+        write_rows(path, command, rows, figures, join=ordered)
+        results = Results.read(path)
+        assert results.figures == figures(results.rows)
+        return results.command, results.rows
+
     path = tmp_path / "ops.json"
-    assert added(path, "one", ROWS) == ("one", ROWS)
-    Results("one", {}, ROWS).write(path)
+    assert added("one", ROWS) == ("one", ROWS)
     newer = speed("ssd", "triton", "ours", fwd_ms=1.5)
     longer = speed("ssd", "triton", "ours", 2**20, fwd_ms=12.0)
-    command, rows = added(path, "two", [newer, longer, checked("ssd", "float32", 1e-6)])
+    command, rows = added("two", [newer, longer, checked("ssd", "float32", 1e-6)])
     assert command == "one && two"
     times = {
         row["tokens"]: row["fwd_ms"]
@@ -162,5 +167,4 @@ def test_rows_are_added_to_a_file_and_the_same_ones_replaced(tmp_path: Path) -> 
     }
     assert times == {TOKENS: 1.5, 2**20: 12.0}
     assert len(rows) == len(ROWS) + 2
-    Results(command, {}, rows).write(path)
-    assert added(path, "two", [newer])[0] == "one && two"
+    assert added("two", [newer])[0] == "one && two"

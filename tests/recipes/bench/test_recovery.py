@@ -12,6 +12,7 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
+from mixers.errors import UnknownMixerError
 from recipes import yardstick
 from recipes.bench.recovery import chosen, figures, ordered, scaled, write
 from recipes.cli import app
@@ -160,9 +161,23 @@ def test_a_run_that_fails_is_a_note_and_the_rest_go_on(tmp_path: Path, loads: li
     assert found.exit_code == 1
     assert "1 of 2 runs failed" in " ".join(found.stderr.split())
     first, second = Results.read(file).rows[1:]
+    error = tmp_path / "runs" / "bad-0" / "error.txt"
     assert "Did you mean 'mmate'" in first["note"]
+    assert first["note"].endswith(f"({error})")
+    assert "Traceback" in error.read_text()
+    assert "Did you mean 'mmate'" in error.read_text()
     assert "note" not in second
     assert "ppl_ratio" not in Results.read(file).figures
+    saved(tmp_path, "bad")
+    assert linmu(bad, "--out", tmp_path / "runs").exit_code == 0
+    assert not error.exists()
+
+
+def test_debug_gives_the_error_of_a_run_at_once(tmp_path: Path, loads: list[str]) -> None:
+    bad, good = saved(tmp_path, "bad", student="mmat"), saved(tmp_path, "good")
+    command = ["--debug", "bench", "recovery", str(bad), str(good), "--out", str(tmp_path / "runs")]
+    assert isinstance(CliRunner().invoke(app, command).exception, UnknownMixerError)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_finished_run_is_measured_again_and_not_trained(tmp_path: Path, loads: list[str]) -> None:

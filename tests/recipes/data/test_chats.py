@@ -7,13 +7,11 @@ import torch
 from typer.testing import CliRunner
 
 from recipes.cli import app
-from recipes.data import load_task
 from recipes.data.chats import Chats, NoChats, NoRightAnswer
 from recipes.data.dialogue import OtherChats, chats_path, converse, make_chats
 from recipes.data.requests import KINDS, Request, Requests
 from recipes.data.rows import greedy_answers
-from recipes.data.task import IGNORED, Task, UnsupportedModel
-from recipes.plan import TaskSpec
+from recipes.data.task import Task, UnsupportedModel
 from recipes.teachers import Teacher
 from tests.recipes.data import toy_corpora
 from tests.recipes.data.test_recall import build_tokenizer
@@ -160,21 +158,12 @@ def test_without_chats_it_says_how_to_make_them_and_still_can_judge(tokenizer):
         _ = task.train
 
 
-def test_every_token_but_padding_is_its_own_label(made, tokenizer):
+def test_every_token_is_its_own_label_and_a_prompt_ends_before_the_first_answer(made, tokenizer):
     task = Chats(tokenizer)
-    items = task.train[:4]
-    batch = task.collate(items)
-    for row, item in enumerate(items):
-        size = len(item["input_ids"])
-        assert torch.equal(batch["input_ids"][row, :size], item["input_ids"])
-        assert torch.equal(batch["labels"][row, :size], item["input_ids"])
-        assert (batch["labels"][row, size:] == IGNORED).all()
-        assert batch["attention_mask"][row].tolist() == [1] * size + [0] * (batch["labels"].shape[1] - size)
-    prompts = task.prompts(items)
-    for row, item in enumerate(items):
-        assert torch.equal(prompts["input_ids"][row, -item["prompt"] :], item["input_ids"][: item["prompt"]])
-        assert prompts["attention_mask"][row].sum() == item["prompt"]
-    assert task.train.sizes[:4] == [len(item["input_ids"]) for item in items]
+    for item in task.train[:4]:
+        assert torch.equal(task.collate([item])["labels"][0], item["input_ids"])
+        assert task.prompts([item])["input_ids"].shape == (1, item["prompt"])
+    assert task.train.sizes == [len(item["input_ids"]) for item in task.train]
 
 
 def test_long_conversations_are_cut(made, tokenizer):
@@ -198,24 +187,6 @@ def test_two_models_are_compared_on_requests_about_held_out_corpora(model, token
 def test_an_answer_has_no_score(tokenizer):
     with pytest.raises(NoRightAnswer, match="agreement"):
         Chats(tokenizer).score({}, torch.tensor([3]))
-
-
-def test_chats_mix_with_text_and_recall(made, tokenizer):
-    tasks = {
-        "text": {"corpora": ["brown"], "held_out": ["fortunes"], "length": 64},
-        "recall": {"lengths": [256], "train_size": 3, "test_size": 2},
-        "chats": {"test_size": 4},
-    }
-    options = {"tasks": tasks, "shares": {"text": 2}}
-    mix = load_task(TaskSpec(task="mix", options=options), llama().config, tokenizer)
-    items = [mix.train[i] for i in range(8)]
-    assert [item["task"] for item in items].count("chats") == 2
-    batch = mix.collate(items)
-    for row, item in enumerate(items):
-        if item["task"] == "chats":
-            ids = item["item"]["input_ids"]
-            assert torch.equal(batch["labels"][row, : len(ids)], ids)
-    assert {item["category"] for item in mix.test if item["task"] == "chats"} <= set(KINDS)
 
 
 class Refusing:

@@ -56,6 +56,39 @@ def test_needles_answer_their_questions(task, split):
     assert answers >= {*"123456", "top left", "bottom right"}
 
 
+def test_further_questions_are_answered_by_what_was_shown():
+    task = toy_task("slideshow", "needle", lengths=[256, 512], train_size=60, further=9)
+    seen = set()
+    for item in task.train:
+        slides = [frame.things[0] for frame in item["frames"]]
+        names = [task.pack.pictures[s.picture].name if isinstance(s, Sprite) else None for s in slides]
+        assert len(dict(item["further"])) == len(item["further"]) <= 9
+        for question, answer in item["further"]:
+            form, found = further_answer(question, names)
+            assert answer == found, question
+            seen.add(form)
+    assert seen == {"first", "last", "after", "next", "earlier", "shown", "count"}
+    assert all(item["further"] == () for item in task.test)
+
+
+def further_answer(question, names):
+    if match := re.fullmatch(r"List the (first|last) (\d+)\.", question):
+        size = int(match[2])
+        return match[1], ", ".join(names[:size] if match[1] == "first" else names[-size:])
+    if match := re.fullmatch(r"List the (\d+) after the (.+)\.", question):
+        assert names.count(match[2]) == 1
+        start = names.index(match[2]) + 1
+        return "after", ", ".join(names[start : start + int(match[1])])
+    if match := re.fullmatch(r"What came right after the (.+)\?", question):
+        assert names.count(match[1]) == 1
+        return "next", names[names.index(match[1]) + 1]
+    if match := re.fullmatch(r"Which came earlier: (.+) or (.+)\?", question):
+        return "earlier", min(match.groups(), key=names.index)
+    if match := re.fullmatch(r"Was the (.+) shown\?", question):
+        return "shown", "yes" if match[1] in names else "no"
+    return "count", str(names.count(re.fullmatch(r"How many times was the (.+) shown\?", question)[1]))
+
+
 def test_needles_and_their_answers_stand_anywhere():
     task = toy_task("slideshow", lengths=[1024], train_size=120)
     places = []
