@@ -93,8 +93,8 @@ def join_sinks(
         softcap: Bound of the scores. None: unbounded.
     """
     groups = sinks.k.shape[3]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("bngrp,bnsgp->bngrs", q.unflatten(2, (groups, -1)), sinks.k.to(q.dtype)).to(wide)
+    wide = torch.promote_types(q.dtype, torch.float32)  # scores are large, and bf16 knows 256 of each size
+    scores = torch.einsum("bngrp,bnsgp->bngrs", q.to(wide).unflatten(2, (groups, -1)), sinks.k.to(wide))
     scores = capped(scores * scale, softcap).masked_fill(~sinks.seen[:, :, None, None], float("-inf"))
     own = lse.unflatten(2, (groups, -1))[..., None]
     alone = ~sinks.seen.any(-1)[:, :, None, None, None] & (own == float("-inf"))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixers import TokenLayout
+from mixers.recent import recent_attention
 from mixers.rotary import apply_rotary
 from tests.helpers import assert_close
 from tests.mixers.oracles import dense_attention, first_tokens, last_tokens
@@ -70,3 +71,14 @@ def test_state_holds_the_sinks_of_a_row() -> None:
     first = torch.tensor([[0, 1], [2, 3]])
     assert_close("k", torch.stack([k[row, at] for row, at in enumerate(first)]), state["sink_k"], 1e-6)
     assert_close("v", torch.stack([v[row, at] for row, at in enumerate(first)]), state["sink_v"], 1e-6)
+
+
+def test_large_scores_of_sinks_are_exact_in_bf16() -> None:
+    """Where a sink's is rounded to bf16 and the window's are not, equal scores of 100 have unequal weights."""
+    torch.manual_seed(0)
+    row = torch.randn(16).bfloat16()
+    q, v = row.expand(1, 64, 2, 16), torch.randn(1, 64, 2, 16).bfloat16()
+    layout, scale = TokenLayout.text(1, 64), 100.3 / float(row.double().square().sum())
+    found = recent_attention(q, q, v, layout, None, window=8, scale=scale, sinks=1)
+    want = torch.stack([v[:, 0:1, :].double(), *(v[:, at : at + 1].double() for at in range(56, 64))]).mean(0)
+    assert_close("last", want, found[:, -1:], 5e-3)
