@@ -28,8 +28,7 @@ def softmax_attention(
         gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=gqa)
     scores, v = _scores(q, k, v, seen, scale, softcap)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return scores.softmax(-1, dtype=wide).to(q.dtype) @ v
+    return scores.softmax(-1).to(q.dtype) @ v
 
 
 def softmax_attention_and_lse(
@@ -40,7 +39,6 @@ def softmax_attention_and_lse(
     With it averages over two sets of keys can be joined. Where a query looks at no key it is -inf, the average zero.
     """
     scores, v = _scores(q, k, v, seen, scale, softcap)
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
     return weights.to(q.dtype) @ v, lse
@@ -54,8 +52,9 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
 def _scores(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Scores [B, H, N, M], -inf where not seen, and the values of each query head [B, H, M, P]."""
+    """Scores, fp32 or wider [B, H, N, M], -inf where not seen, and the values of each query head [B, H, M, P]."""
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    scores = capped(q @ k.transpose(2, 3) * scale, softcap)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = capped(q.to(wide) @ k.to(wide).transpose(2, 3) * scale, softcap)
     return scores if seen is None else scores.masked_fill(~seen, float("-inf")), v
