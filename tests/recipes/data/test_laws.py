@@ -23,8 +23,14 @@ from tests.recipes.toys import llama
 SMALL: dict[str, dict[str, Any]] = {
     "chats": {"test_size": 12},
     "easy-vqa": {},
-    "pictures": {"lengths": [256, 512], "test_lengths": [64, 128], "train_size": 14, "test_size": 14},
-    "recall": {"lengths": [256, 400], "train_size": 3, "test_size": 2},
+    "pictures": {
+        "lengths": [256, 512],
+        "test_lengths": [64, 128],
+        "train_size": 14,
+        "test_size": 14,
+        "further": 2,
+    },
+    "recall": {"lengths": [400, 600], "train_size": 3, "test_size": 2, "answer_every": 200},
     "text": {"corpora": ["brown"], "held_out": ["fortunes"], "length": 64},
 }
 """Dataset → options; a mix is of all that have the same tokenizer."""

@@ -80,6 +80,22 @@ def test_the_text_goes_on_as_the_answer_does_and_in_one_place(task, kind):
         assert len(item["answer"].split()) == (PASSAGE if kind == "copy" else 1)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_may_answer_many_questions_on_a_text(tokenizer, kind):
+    """All of it within the length; the test asks as before."""
+    lengths, every = [400, 1000], 100
+    task = Recall(tokenizer, [kind], lengths, train_size=4, test_size=2, answer_every=every)
+    plain = Recall(tokenizer, [kind], lengths, train_size=4, test_size=2)
+    for item in task.train:
+        parts = item["question"].split("\n\n")
+        shown = [part.split("\n") for part in parts if len(part.split("\n")) == 2]
+        assert len({question for question, _ in shown}) >= 0.8 * len(shown)  # a count may be asked for again
+        assert len(shown) == item["length"] // every
+        found = task.prompts([item])["input_ids"].shape[1]
+        assert abs(found - item["length"]) <= 0.1 * item["length"]
+    assert list(task.test) == list(plain.test)
+
+
 def test_the_answer_may_stand_anywhere(tokenizer):
     task = Recall(tokenizer, ["lookup"], [1000], train_size=40)
     places = [item["question"].index(item["lead"]) / len(item["question"]) for item in task.train]
