@@ -30,7 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "test_size": 14,
         "further": 2,
     },
-    "recall": {"lengths": [400, 600], "train_size": 3, "test_size": 2, "answer_every": 200},
+    "recall": {"lengths": [400, 700], "train_size": 3, "test_size": 2, "answer_every": 200},
     "text": {"corpora": ["brown"], "held_out": ["fortunes"], "length": 64},
 }
 """Dataset → options; a mix is of all that have the same tokenizer."""
