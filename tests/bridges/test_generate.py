@@ -19,7 +19,7 @@ from tests.helpers import assert_close
 
 SPECS: dict[str, Any] = {
     "all": {"*": {"mixer": "mmate", "text_window": 6, "window": (2, 2, 2), "chunk_size": 8}},
-    "mixed": {"*": {"mixer": "mmate", "text_window": 6}, "0": "attention"},
+    "mixed": {"*": {"mixer": "mmate", "text_window": 6, "sinks": 2}, "0": "attention"},
     "first only": {"0": {"mixer": "mmate", "text_window": 6, "rotary": True}},
     "last only": {"-1": {"mixer": "mmate", "text_window": 0, "scan": "raster"}},
 }
