@@ -378,9 +378,7 @@ class TokenLayout:
         before = valid.cumsum(1) - valid
         if self.sequence is None:
             return before
-        number = self.number
-        starts = torch.ones_like(number, dtype=torch.bool)
-        starts[:, 1:] = number[:, 1:] != number[:, :-1]
+        starts = self.number.diff(dim=1, prepend=self.number.new_full((self.batch_size, 1), -1)) > 0
         return before - before.masked_fill(~starts, 0).cummax(1).values
 
     def _leading(self, count: int) -> Tensor:

@@ -186,9 +186,6 @@ class _Minutes(TrainerCallback):
         self.seconds, self.peak, self.begin = 60 * minutes, optimizer.learning_rate, 0.0
         self.warmup = optimizer.warmup if optimizer.warmup < 1 else 0.05
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begin = 0.0
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begin = self.begin or time.monotonic()
         part = min(1.0, (time.monotonic() - self.begin) / self.seconds)

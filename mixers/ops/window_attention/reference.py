@@ -70,13 +70,16 @@ def block_attention(
             y = softmax_attention(queries, keys, values, seen[:, None], scale=scale, softcap=softcap)
         placed.append(part.queries[used].long())
         outputs.append(y.transpose(1, 2)[used])
-    result = torch.zeros_like(flat_q)
-    lse = flat_q.new_full(flat_q.shape[:2], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
+    y = torch.zeros_like(flat_q)
     if placed:
-        index = torch.cat(placed)
-        result = result.index_copy(0, index, torch.cat(outputs).to(result.dtype))
-        lse = lse.index_copy(0, index, torch.cat(logs)) if with_lse else lse
-    return (result.view_as(q), lse.view(q.shape[:3])) if with_lse else result.view_as(q)
+        y = y.index_copy(0, torch.cat(placed), torch.cat(outputs).to(y.dtype))
+    if not with_lse:
+        return y.view_as(q)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = torch.full(flat_q.shape[:2], float("-inf"), dtype=wide, device=q.device)
+    if placed:
+        lse = lse.index_copy(0, torch.cat(placed), torch.cat(logs))
+    return y.view_as(q), lse.view(q.shape[:3])
 
 
 def rotated(q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
