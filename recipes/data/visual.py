@@ -72,6 +72,10 @@ class VisualTask(ABC):
     def shown(self, items: Sequence[Item]) -> list[Shown]:
         """What each item shows."""
 
+    def captioned(self, count: int) -> list[Item]:
+        """Up to `count` training items on one image whose answer is what it shows; none unless a dataset has such."""
+        return []
+
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, with no token added."""
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []

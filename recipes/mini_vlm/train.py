@@ -3,7 +3,8 @@
     python -m recipes.mini_vlm.train --task pictures --out DIR
 
 Prints one JSON object a line: progress, then the accuracy by generation. The folder is a teacher for recipes;
-without `--out` it is the one that they know as `vlm-mini`. `--start DIR` goes on from such a folder, with other data
+without `--out` it is the one that they know as `vlm-mini`. Where the task has pictures of things with names, the
+projector learns these first, from `--captions` many. `--start DIR` goes on from an earlier folder, with other data
 say. `--minutes` gives the training a time in place of a number of steps. With `--rank` the decoder gets adapters,
 merged at the end: `trained.safetensors` is small then.
 
@@ -30,10 +31,12 @@ from recipes.checkpoint import load_parameters, read_json, read_tensors, write_j
 from recipes.data import load_task
 from recipes.data.rows import Collator, Rows
 from recipes.data.task import Task
+from recipes.data.visual import VisualTask
 from recipes.distill import adapt, in_bf16
 from recipes.errors import LossError
 from recipes.evaluate import evaluate
 from recipes.mini_vlm.build import build_pretrained
+from recipes.mini_vlm.pretrain import pretrain_projector
 from recipes.models import best_device
 from recipes.plan import DataSpec, LoRA, Losses, Optimizer, Stage, TaskLoss, TeacherSpec
 from recipes.selection import select
@@ -221,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--task", default="pictures", help="dataset")
     parser.add_argument("--options", type=json.loads, default={}, help="its options, as JSON")
+    parser.add_argument("--captions", type=int, default=8192, help="pictures that the projector starts on")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, help="train so long, whatever the number of steps")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -254,6 +258,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             gradient_accumulation=options.gradient_accumulation,
             rank=options.rank,
         )
+        if not options.start and isinstance(task, VisualTask):
+            captioned = task.captioned(options.captions)
+            model.to(best_device())  # type: ignore[arg-type]
+            losses = pretrain_projector(model, task, captioned, workers=options.workers, seed=options.seed)
+            print(json.dumps({"captions": len(captioned), "losses": losses[::50]}), flush=True)
         run = {"seed": options.seed, "workers": options.workers, "minutes": options.minutes}
         train(model, tokenizer, task, stage, options.out, callbacks=[_Printed()], **run)
     judged = evaluate(model, task, limit=options.questions, batch_size=options.batch_size)

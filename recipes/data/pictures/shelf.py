@@ -39,10 +39,12 @@ class Shelf:
 
     Trained names are those that training shows, in all styles or all but one. The test split shows trained names
     in the style that training lacks, and held-out names in every style. Only what was trained is asked for by
-    name; all of it appears among other pictures, in choices, and in questions on its category.
+    name; all of it appears among other pictures, in choices, and in questions on its category. Long videos ask for
+    memory, so they show trained names in every style that a split may show, those of training too.
 
     Attributes:
         known: Numbers of pictures by trained name.
+        familiar: The same for long videos: in training no others, in the test split all pictures of all trained names.
         new: Numbers of pictures by held-out name; empty in training.
         categories: Names, known or new, by category.
         animations: Numbers of animations of trained names; they count as pictures in their style.
@@ -56,6 +58,7 @@ class Shelf:
 
     pack: Pack
     known: dict[str, list[int]] = field(default_factory=dict)
+    familiar: dict[str, list[int]] = field(default_factory=dict)
     new: dict[str, list[int]] = field(default_factory=dict)
     categories: dict[str, list[str]] = field(default_factory=dict)
     animations: list[int] = field(default_factory=list)
@@ -65,11 +68,6 @@ class Shelf:
     fonts: list[int] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
     shapes: list[int] = field(default_factory=list)
-
-    @property
-    def names(self) -> dict[str, list[int]]:
-        """Numbers of pictures by name, known or new."""
-        return self.known | self.new
 
     def picture(self, name: str, draw: Random) -> int:
         """One of the pictures with that name."""
@@ -91,13 +89,17 @@ def shelf(pack: Pack, split: Split) -> Shelf:
     held_out = set(_every(names, HOLDOUT, True))
     lacking = _lacking_styles(pack.pictures, held_out)
 
-    known, new = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
+    known, familiar, new = (defaultdict[str, list[int]](list) for _ in range(3))
     for number, picture in enumerate(pack.pictures):
         if picture.name in held_out:
             if test:
                 new[picture.name].append(number)
-        elif test == (lacking.get(picture.name) == picture.style):
+            continue
+        restyled = lacking.get(picture.name) == picture.style
+        if test == restyled:
             known[picture.name].append(number)
+        if test or not restyled:
+            familiar[picture.name].append(number)
     categories: dict[str, list[str]] = {}
     for name in [*known, *new]:
         first = (known.get(name) or new[name])[0]
@@ -123,6 +125,7 @@ def shelf(pack: Pack, split: Split) -> Shelf:
     found = Shelf(
         pack=pack,
         known=dict(known),
+        familiar=dict(familiar),
         new=dict(new),
         categories=categories,
         animations=moving,

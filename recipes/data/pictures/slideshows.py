@@ -7,7 +7,8 @@ and counting single frames among many. Pictures may come again, those that are a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice
 from random import Random
 
 from recipes.data.pictures.frames import PALE, Frame, Line, Sprite
@@ -27,20 +28,18 @@ def _slide(picture: int) -> Frame:
     return Frame((Sprite(picture),), PALE[picture % len(PALE)])
 
 
-def _fill(shelf: Shelf, draw: Random, length: int, without: set[str]) -> list[int]:
-    """Numbers of pictures, none of them of the names left out."""
-    pictures = shelf.pack.pictures
-    pool = [number for numbers in shelf.names.values() for number in numbers]
-    chosen = draw.choices(pool, k=length)
-    while wrong := [i for i, number in enumerate(chosen) if pictures[number].name in without]:
-        for i in wrong:
-            chosen[i] = draw.choice(pool)
-    return chosen
+def _fill(
+    shelf: Shelf, draw: Random, length: int, without: Collection[str], few: int | None = None
+) -> list[int]:
+    """Numbers of pictures, none of them of the names left out, and of so few different ones that they come again."""
+    named = shelf.familiar | shelf.new
+    pool = [number for name, numbers in named.items() if name not in without for number in numbers]
+    return draw.choices(pool if few is None else draw.sample(pool, min(few, len(pool))), k=length)
 
 
-def _name(shelf: Shelf, draw: Random, without: set[str] | None = None) -> str:
+def _name(shelf: Shelf, draw: Random, without: Collection[str] = ()) -> str:
     """A trained name."""
-    return draw.choice([name for name in shelf.known if name not in (without or ())])
+    return draw.choice([name for name in shelf.familiar if name not in without])
 
 
 def _show(question: str, answer: str, pictures: list[int], choices: int = 0) -> Question:
@@ -52,14 +51,14 @@ def _after(shelf: Shelf, draw: Random, frames: int) -> Question:
     second = _name(shelf, draw, {first})
     shown = _fill(shelf, draw, frames, {first})
     place = draw.randrange(frames - 1)
-    shown[place : place + 2] = [shelf.picture(first, draw), shelf.picture(second, draw)]
+    shown[place : place + 2] = [draw.choice(shelf.familiar[n]) for n in (first, second)]
     return _show(f"What came right after the {first}?", second, shown)
 
 
 def _end(shelf: Shelf, draw: Random, frames: int) -> Question:
-    name, shown = _name(shelf, draw), _fill(shelf, draw, frames, set())
+    name, shown = _name(shelf, draw), _fill(shelf, draw, frames, ())
     word, place = draw.choice((("first", 0), ("last", -1)))
-    shown[place] = shelf.picture(name, draw)
+    shown[place] = draw.choice(shelf.familiar[name])
     return _show(f"What came {word}?", name, shown)
 
 
@@ -67,7 +66,7 @@ def _shown(shelf: Shelf, draw: Random, frames: int) -> Question:
     name, answer = _name(shelf, draw), draw.choice(("yes", "no"))
     shown = _fill(shelf, draw, frames, {name})
     if answer == "yes":
-        shown[draw.randrange(frames)] = shelf.picture(name, draw)
+        shown[draw.randrange(frames)] = draw.choice(shelf.familiar[name])
     return _show(f"Was the {name} shown?", answer, shown, 2)
 
 
@@ -76,7 +75,7 @@ def _earlier(shelf: Shelf, draw: Random, frames: int) -> Question:
     second = _name(shelf, draw, {first})
     shown = _fill(shelf, draw, frames, {first, second})
     early, late = sorted(draw.sample(range(frames), 2))
-    shown[early], shown[late] = shelf.picture(first, draw), shelf.picture(second, draw)
+    shown[early], shown[late] = (draw.choice(shelf.familiar[n]) for n in (first, second))
     one, other = either(draw, first, second)
     return _show(f"Which came earlier: {one} or {other}?", first, shown, 2)
 
@@ -86,30 +85,33 @@ SLIDESHOW: Group = {"after": _after, "end": _end, "shown": _shown, "earlier": _e
 
 def _count(shelf: Shelf, draw: Random, frames: int) -> Question:
     name, count = _name(shelf, draw), draw.randint(1, min(MOST, frames))
-    shown = _fill(shelf, draw, frames, {name})
+    shown = _fill(shelf, draw, frames, {name}, few=max(2, frames // 3))
     for place in draw.sample(range(frames), count):
-        shown[place] = shelf.picture(name, draw)
+        shown[place] = draw.choice(shelf.familiar[name])
     return _show(f"How many times was the {name} shown?", str(count), shown, MOST)
+
+
+def _which_corner(name: str) -> str:
+    return f"In which corner was the {name}: {listed(list(CORNERS))}?"
 
 
 def _corner(shelf: Shelf, draw: Random, frames: int) -> Question:
     name, corners = _name(shelf, draw), list(CORNERS)
     shown = _fill(shelf, draw, frames, {name})
     place, answer = draw.randrange(frames), draw.choice(corners)
-    shown[place] = shelf.picture(name, draw)
-    where = [corners[number // len(PALE) % len(corners)] for number in shown]
+    shown[place] = draw.choice(shelf.familiar[name])
+    where = draw.choices(corners, k=frames)
     where[place] = answer
     slides = [
         Frame((Sprite(number, *CORNERS[corner], 0.4),), PALE[number % len(PALE)])
         for number, corner in zip(shown, where)
     ]
-    question = f"In which corner was the {name}: {listed(corners)}?"
-    return Question(question, answer, tuple(slides), len(corners), video=True)
+    return Question(_which_corner(name), answer, tuple(slides), len(corners), video=True)
 
 
 def _text(shelf: Shelf, draw: Random, frames: int) -> Question:
     word = draw.choice(shelf.words)
-    slides = list(map(_slide, _fill(shelf, draw, frames, set())))
+    slides = list(map(_slide, _fill(shelf, draw, frames, ())))
     line = Line(word, draw.choice(shelf.fonts), color(draw), size=round(draw.uniform(0.22, 0.3), 3))
     slides[draw.randrange(frames)] = Frame((line,), draw.choice(PALE))
     return Question("What word was shown?", word, tuple(slides), video=True)
@@ -121,34 +123,45 @@ NEEDLE: Group = {"count": _count, "corner": _corner, "text": _text}
 def further(shelf: Shelf, draw: Random, frames: Sequence[Frame], count: int) -> tuple[tuple[str, str], ...]:
     """Ask more of a slideshow, to train on: to look at a long video costs as much for one question as for many.
 
-    Lists of what was shown come first, for they name many frames at once; the others are questions that are judged by.
+    A list of what was shown comes first, for it names many frames at once; the others are questions that are judged by.
 
     Returns:
         At most so many different questions, each with its answer. All names in them are trained.
     """
     names = [_named(shelf, frame) for frame in frames]
-    once = {name: names.index(name) for name, times in Counter(names).items() if name and times == 1}
-    asked = dict(_lists(draw, names, once))
+    times = Counter(name for name in names if name)
+    once = {name: names.index(name) for name in times if times[name] == 1}
+    asked = dict(islice(_lists(draw, names, once), 1))
     others: dict[str, str] = {}
     for name in draw.sample(list(once), min(count, len(once))):
-        other, place = draw.choice(list(once)), once[name] + 1
-        if place < len(names) and (after := names[place]):
+        other, place = draw.choice(list(once)), once[name]
+        if corner := _corner_of(frames[place]):
+            others[_which_corner(name)] = corner
+            continue
+        if place + 1 < len(names) and (after := names[place + 1]):
             others[f"What came right after the {name}?"] = after
         if other != name:
             others[f"Which came earlier: {name} or {other}?"] = min(name, other, key=lambda n: once[n])
-    for name in [*draw.sample(list(once), min(1, len(once))), _name(shelf, draw), _name(shelf, draw)]:
-        others[f"Was the {name} shown?"] = "yes" if name in names else "no"
-        if 1 <= names.count(name) <= MOST:
-            others[f"How many times was the {name} shown?"] = str(names.count(name))
+    again = [name for name in times if 1 < times[name] <= MOST]
+    for name in draw.sample(again, min(count, len(again))):
+        others[f"How many times was the {name} shown?"] = str(times[name])
+    for name in [*draw.sample(list(once), min(1, len(once))), _name(shelf, draw)]:
+        others[f"Was the {name} shown?"] = "yes" if name in times else "no"
     mixed = draw.sample(list(others.items()), len(others))
     return (*asked.items(), *mixed)[:count]
+
+
+def _corner_of(frame: Frame) -> str | None:
+    """The corner that a frame's picture is in, if it is in one."""
+    places = [(thing.x, thing.y) for thing in frame.things if isinstance(thing, Sprite)]
+    return next((corner for corner, place in CORNERS.items() if places == [place]), None)
 
 
 def _named(shelf: Shelf, frame: Frame) -> str | None:
     """The name of a frame's picture, if it is a trained one."""
     thing = frame.things[0]
     name = shelf.pack.pictures[thing.picture].name if isinstance(thing, Sprite) else None
-    return name if name in shelf.known else None
+    return name if name in shelf.familiar else None
 
 
 def _lists(draw: Random, names: Sequence[str | None], once: Mapping[str, int]) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
@@ -49,6 +49,9 @@ STANDS_FOR = MappingProxyType(
     }
 )
 """The benchmark of the LinMU paper in whose place a group stands."""
+
+CAPTIONED = ("name", "flag", "country")
+"""Forms of `names` whose answer is what the image shows."""
 
 SAMPLE = 400
 """Training questions of a category that trivial answers are learnt from."""
@@ -199,6 +202,12 @@ class Pictures(VisualTask):
         self.test = Questions(self, held_out, "test", sorted(set(test_lengths)), test_size)
         self.long_videos = {_category(group, length) for group, length in self.test.kinds if group in LONG}
         self.max_new_tokens = 1 + max(map(len, self.answer_ids(sorted(_answers(self.pack)))))
+
+    def captioned(self, count: int) -> list[Item]:
+        """Up to `count` training questions on one image whose answer is what it shows."""
+        numbers = range(self.train.size if "names" in self.groups else 0)
+        items = (self.train.make("names", 0, number) for number in numbers)
+        return list(islice((item for item in items if item["form"] in CAPTIONED), count))
 
     def shown(self, items: Sequence[Item]) -> list[Shown]:
         """The frames of each item, drawn and cut."""

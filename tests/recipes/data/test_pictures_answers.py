@@ -48,12 +48,14 @@ def test_needles_answer_their_questions(task, split):
             assert names.count(match[1]) == int(item["answer"])
         elif match := re.match(r"In which corner was the (.+):", item["question"]):
             assert names.count(match[1]) == 1
-            sprite = shown[names.index(match[1])]
-            row, column = "top" if sprite.y < 0.5 else "bottom", "left" if sprite.x < 0.5 else "right"
-            assert item["answer"] == f"{row} {column}"
+            assert item["answer"] == corner(shown[names.index(match[1])])
         else:
             assert texts == [item["answer"]]
     assert answers >= {*"123456", "top left", "bottom right"}
+
+
+def corner(sprite):
+    return f"{'top' if sprite.y < 0.5 else 'bottom'} {'left' if sprite.x < 0.5 else 'right'}"
 
 
 def test_further_questions_are_answered_by_what_was_shown():
@@ -64,14 +66,14 @@ def test_further_questions_are_answered_by_what_was_shown():
         names = [task.pack.pictures[s.picture].name if isinstance(s, Sprite) else None for s in slides]
         assert len(dict(item["further"])) == len(item["further"]) <= 9
         for question, answer in item["further"]:
-            form, found = further_answer(question, names)
+            form, found = further_answer(question, names, slides)
             assert answer == found, question
             seen.add(form)
-    assert seen == {"first", "last", "after", "next", "earlier", "shown", "count"}
+    assert seen == {"first", "last", "after", "next", "earlier", "shown", "count", "corner"}
     assert all(item["further"] == () for item in task.test)
 
 
-def further_answer(question, names):
+def further_answer(question, names, slides):
     if match := re.fullmatch(r"List the (first|last) (\d+)\.", question):
         size = int(match[2])
         return match[1], ", ".join(names[:size] if match[1] == "first" else names[-size:])
@@ -86,6 +88,9 @@ def further_answer(question, names):
         return "earlier", min(match.groups(), key=names.index)
     if match := re.fullmatch(r"Was the (.+) shown\?", question):
         return "shown", "yes" if match[1] in names else "no"
+    if match := re.match(r"In which corner was the (.+):", question):
+        assert names.count(match[1]) == 1
+        return "corner", corner(slides[names.index(match[1])])
     return "count", str(names.count(re.fullmatch(r"How many times was the (.+) shown\?", question)[1]))
 
 
