@@ -10,6 +10,9 @@ from mixers.gated import GateConfig, Gated
 from mixers.registry import register
 from mixers.swin3d import Swin3DConfig, check_windows
 
+SINKS = 4
+"""Sinks beside a text window, as StreamingLLM has them (arXiv 2309.17453)."""
+
 
 @dataclass(kw_only=True)
 class MMateConfig(GateConfig, FlexMAConfig):
@@ -19,16 +22,21 @@ class MMateConfig(GateConfig, FlexMAConfig):
         window: As for ``swin3d``.
         shift: As for ``swin3d``.
         text_window: As for ``swin3d``; 0 is the paper.
-        sinks: As for ``swin3d``; 0 is the paper.
+        sinks: As for ``swin3d``; 0 is the paper. None: 4 where there is a text window.
+        gate_bias: The gate starts with 95 % on Local-Swin, which is the teacher's own attention as far as it reaches;
+            0 is equal weights.
     """
 
+    gate_bias: float = -3.0
     window: tuple[int, int, int] = (4, 4, 4)
     shift: bool = True
-    text_window: int = 128
-    sinks: int = 0
+    text_window: int = 256
+    sinks: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sinks is None:
+            self.sinks = SINKS if self.text_window else 0
         check_windows(self.window, self.text_window, self.sinks)
 
 

@@ -46,7 +46,8 @@ def check_windows(window: tuple[int, ...], text_window: int, sinks: int) -> None
         raise ConfigError(f"text_window must not be negative, found {text_window}.")
     if sinks < 0 or (sinks and not text_window):
         raise ConfigError(
-            f"sinks must not be negative, and need a text_window, found sinks={sinks}, text_window={text_window}."
+            f"sinks must not be negative, and need a text_window, found sinks={sinks}, text_window={text_window}: "
+            "set sinks=0, or a text_window."
         )
 
 

@@ -38,12 +38,31 @@ def test_branches() -> None:
     assert type(mixer.branches["local_swin"]) is Swin3D
 
 
-def test_defaults_are_those_of_its_branches() -> None:
+def test_defaults_are_those_of_its_branches_but_for_what_text_sees() -> None:
     config = mixers.get("mmate").config_class(dim=256)
     for kind in (FlexMAConfig, Swin3DConfig):
         default = kind(dim=256)
         for field in fields(kind):
-            assert getattr(config, field.name) == getattr(default, field.name), field.name
+            if field.name not in ("text_window", "sinks"):
+                assert getattr(config, field.name) == getattr(default, field.name), field.name
+
+
+@pytest.mark.parametrize(
+    ("given", "sinks"), [({}, 4), ({"text_window": 0}, 0), ({"sinks": 2}, 2), ({"sinks": 0}, 0)]
+)
+def test_sinks_come_with_the_text_window(given: dict[str, int], sinks: int) -> None:
+    mixer = mixers.build("mmate", **TINY, **given)
+    assert mixer.config.sinks == mixer.branches["local_swin"].config.sinks == sinks
+
+
+def test_the_gate_starts_on_the_window() -> None:
+    mixer = mixers.build("mmate", **TINY)
+    x, layout = torch.randn(1, 40, TINY["dim"]), TokenLayout.text(1, 40)
+    whole = mixer(x, layout)
+    mixer.set_active(["local_swin"])
+    window = mixer(x, layout)
+    mixer.set_active(["flex_ma"])
+    torch.testing.assert_close(whole, torch.lerp(window, mixer(x, layout), torch.tensor(-3.0).sigmoid()))
 
 
 @pytest.mark.parametrize("field", CHANGED)
@@ -64,7 +83,7 @@ def test_is_the_gated_mixer_of_its_branches() -> None:
     block = shaken(mixers.build("mmate", **TINY, **settings, window=(2, 2, 2), text_window=4))
     branches = {
         "flex_ma": {"rotary": True},
-        "local_swin": {"mixer": "swin3d", "window": (2, 2, 2), "text_window": 4},
+        "local_swin": {"mixer": "swin3d", "window": (2, 2, 2), "text_window": 4, "sinks": 4},
     }
     gated = mixers.build("gated", **TINY, layer_idx=1, branches=branches)
     gated.load_state_dict(block.state_dict())

@@ -33,7 +33,8 @@ def trainer(folder, kind="llama", callbacks=QUIET, **fields):
     teacher = MODELS[kind]().requires_grad_(False)
     student = copy.deepcopy(teacher)
     torch.manual_seed(0)
-    bridges.replace_attention(student, "mmate", text_window=4, window=(1, 2, 2), chunk_size=8)
+    # An even gate, so that no gradient is too small to be compared.
+    bridges.replace_attention(student, "mmate", text_window=4, window=(1, 2, 2), chunk_size=8, gate_bias=0.0)
     activate(student, plan.active)
     model = adapt(student, plan.lora, select(plan, student))
     task = Riddles(images=kind == "qwen")

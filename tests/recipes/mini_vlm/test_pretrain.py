@@ -35,7 +35,9 @@ def named_rightly(model, task, items):
     places = torch.stack([words[ids].mean(0) for ids in task.answer_ids(names)])
     batch = task.prompts(items)
     with torch.no_grad():
-        tokens = model.model.visual(batch["pixel_values"], batch["image_grid_thw"]).pooler_output.float()
+        tower = model.model.visual
+        seen = tower(batch["pixel_values"], batch["image_grid_thw"]).last_hidden_state
+        tokens = tower.projector(seen).float()
     middle = places.mean(0)
     nearest = (F.normalize(tokens - middle, dim=1) @ F.normalize(places - middle, dim=1).T).argmax(1)
     wanted = torch.tensor([names.index(item["answer"]) for item in items]).repeat_interleave(
