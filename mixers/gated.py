@@ -176,19 +176,17 @@ class Gated(TokenMixer):
         self, x: Tensor, outputs: dict[str, Tensor], absent: dict[str, Tensor | None]
     ) -> dict[str, Tensor]:
         """Softmax over the branches present at a token, the last branch's logit being 0; [B, N, H or 1, 1]."""
-        logits = self.gate(x).unflatten(-1, (len(self.branches) - 1, -1))
-        logits = torch.cat([logits, torch.zeros_like(logits[:, :, :1])], dim=2)
-        index = {name: i for i, name in enumerate(self.branches)}
+        logits = self.gate(x).unflatten(-1, (len(self.branches) - 1, -1)).unbind(2)
+        by_branch = dict(zip(self.branches, (*logits, torch.zeros_like(logits[0]))))
         rows = []
         for name in outputs:
-            logit = logits[:, :, index[name]]
-            mask = absent[name]
+            logit, mask = by_branch[name], absent[name]
             # Finite, so that a token that no branch covers gets no NaN.
             rows.append(
                 logit if mask is None else logit.masked_fill(mask[..., None], torch.finfo(logit.dtype).min)
             )
-        weights = torch.stack(rows, dim=2).softmax(dim=2)
-        return {name: weights[:, :, i, :, None] for i, name in enumerate(outputs)}
+        weights = torch.stack(rows, dim=2).softmax(dim=2)[..., None]
+        return dict(zip(outputs, weights.unbind(2)))
 
 
 def _mixed(outputs: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:

@@ -171,30 +171,36 @@ class TokenLayout:
         )
 
     @property
+    def padding(self) -> Tensor | None:
+        """Bool [B, N], True at padding; None where there is none."""
+        valid = self.valid
+        return None if valid is None else self.kept("padding", lambda: ~valid)
+
+    @property
     def vision(self) -> Tensor | None:
         """Bool [B, N], True at vision tokens; None where there are none."""
         clip = self.clip
-        return None if clip is None else self._kept("vision", lambda: clip >= 0)
+        return None if clip is None else self.kept("vision", lambda: clip >= 0)
 
     @property
     def extent(self) -> Tensor | None:
         """Int [B, N]: the clip whose extent covers a token, -1 where none; None without vision."""
-        return None if self.clip is None else self._kept("extent", self._extent)
+        return None if self.clip is None else self.kept("extent", self._extent)
 
     @property
     def end(self) -> Tensor:
         """Int [B, N]: end(i) of the law of causality."""
-        return self._kept("end", self._end)
+        return self.kept("end", self._end)
 
     @property
     def rank(self) -> Tensor:
         """Int [B, N]: how many valid tokens of its sequence stand before a token."""
-        return self._kept("rank", self._rank)
+        return self.kept("rank", self._rank)
 
     @property
     def number(self) -> Tensor:
         """Int [B, N]: which sequence of its row a token is of, from 0 up."""
-        return self._kept("number", self._number)
+        return self.kept("number", self._number)
 
     def leading(self, count: int) -> Tensor:
         """Return where the first valid tokens of each sequence stand in their row.
@@ -202,7 +208,7 @@ class TokenLayout:
         Returns:
             int [B, S, count], S being the most sequences of a row; -1 where there are fewer tokens.
         """
-        return self._kept(("leading", count), lambda: self._leading(count))
+        return self.kept(("leading", count), lambda: self._leading(count))
 
     def scan(self, axes: str = "thw") -> Scan:
         """Return the reading order in which each clip is read along ``axes``, slowest first.
@@ -212,7 +218,7 @@ class TokenLayout:
         Args:
             axes: A permutation of ``"thw"``, as :func:`mixers.scan.scan_axes` gives.
         """
-        return self._kept(("scan", axes), lambda: self._scan(axes))
+        return self.kept(("scan", axes), lambda: self._scan(axes))
 
     def windows(self, size: Grid, shifted: bool = False, *, history: int = 0) -> Blocks | None:
         """Cut each clip into 3-D windows; None without vision.
@@ -225,7 +231,7 @@ class TokenLayout:
         """
         if self.clip is None:
             return None
-        return self._kept(("windows", size, shifted, history), lambda: self._windows(size, shifted, history))
+        return self.kept(("windows", size, shifted, history), lambda: self._windows(size, shifted, history))
 
     def recent(self, window: int, *, text_only: bool, history: int = 0) -> Blocks | None:
         """Group tokens with the last ``window`` valid tokens up to each, themselves included.
@@ -240,7 +246,13 @@ class TokenLayout:
             The table, or None where no token is a query.
         """
         key = ("recent", window, text_only, history, torch.is_grad_enabled())
-        return self._kept(key, lambda: self._recent(window, text_only, history))
+        return self.kept(key, lambda: self._recent(window, text_only, history))
+
+    def kept(self, key: Any, compute: Callable[[], T]) -> T:
+        """Return what ``compute`` gives, which must follow from the layout and the key: called once, and kept."""
+        if key not in self._memo:
+            self._memo[key] = compute()
+        return self._memo[key]
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """Return the layout on another device (itself if it is there)."""
@@ -297,11 +309,6 @@ class TokenLayout:
             f"TokenLayout(batch_size={self.batch_size}, length={self.length}, clips={clips}, "
             f"padded={self.valid is not None}, packed={self.sequence is not None}, device={self.device})"
         )
-
-    def _kept(self, key: Any, compute: Callable[[], T]) -> T:
-        if key not in self._memo:
-            self._memo[key] = compute()
-        return self._memo[key]
 
     def _positions(self) -> Tensor:
         return torch.arange(self.length, device=self.device).expand(self.batch_size, -1)
@@ -407,7 +414,7 @@ class TokenLayout:
                 order = inverse = None
         # Slots of a clip hold tokens of that clip in every order, so tables by slot are tables by step.
         return Scan(
-            order, inverse, self.valid, self.sequence, self.vision, self.extent, self._kept("run", self._run)
+            order, inverse, self.valid, self.sequence, self.vision, self.extent, self.kept("run", self._run)
         )
 
     def _run(self) -> Tensor | None:

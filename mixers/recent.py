@@ -12,7 +12,7 @@ from mixers.interface import MixerState, Rotary
 from mixers.layout import Grid, TokenLayout
 from mixers.ops import block_attention
 from mixers.rotary import apply_rotary
-from mixers.sinks import Sinks, find_sinks, init_sinks, join_sinks
+from mixers.sinks import Sinks, find_sinks, init_sinks, join_sinks, prepare_sinks
 from mixers.softmax import softmax_attention
 
 
@@ -51,7 +51,8 @@ def recent_attention(
     """
     one = q.shape[1] == 1 and layout.clip is None and state is not None
     if rotary is not None and (sinks or one):
-        q, k, rotary = apply_rotary(q, *rotary), apply_rotary(k, *rotary), None
+        q, k = apply_rotary(torch.cat([q, k], dim=2), *rotary).split([q.shape[2], k.shape[2]], dim=2)
+        rotary = None
     own = None
     if sinks and q.shape[1]:
         own = find_sinks(
@@ -80,7 +81,8 @@ def prepare_recent(
 ) -> None:
     """Make the tables that :func:`recent_attention` asks of a layout, with a state or without one."""
     if sinks:
-        layout.leading(sinks)
+        within_windows = grid_windows is not None
+        prepare_sinks(layout, count=sinks, window=window, within_windows=within_windows, cached=cached)
     if cached and layout.length == 1 and layout.clip is None:
         return
     _tables(layout, window - 1 if cached else 0, window, grid_windows)
@@ -138,7 +140,7 @@ def _attend(
     if sinks is None:
         return block_attention(q, k, v, blocks, scale=scale, **options)
     y, lse = block_attention(q, k, v, blocks, scale=scale, **options, with_lse=True)
-    return join_sinks(q, y, lse, sinks, scale=scale, softcap=softcap)
+    return join_sinks(q, y, lse, sinks, layout.padding, scale=scale, softcap=softcap)
 
 
 def _attend_from_one(
@@ -153,7 +155,7 @@ def _attend_from_one(
     seen = key_valid.clone()
     seen[:, -1] = True
     if sinks is not None:
-        seen = torch.cat([sinks.seen[:, 0], seen], dim=1)
+        seen = torch.cat([~sinks.hidden[:, 0], seen], dim=1)
         k, v = torch.cat([sinks.k[:, 0], k], dim=1), torch.cat([sinks.v[:, 0], v], dim=1)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return softmax_attention(q, k, v, seen[:, None, None], scale=scale, softcap=softcap).transpose(1, 2)

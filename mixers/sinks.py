@@ -13,22 +13,23 @@ from torch import Tensor
 
 from mixers.interface import MixerState
 from mixers.layout import TokenLayout
+from mixers.ops.ssd.blocks import without_autocast
 from mixers.softmax import capped
 
 
 @dataclass(frozen=True)
 class Sinks:
-    """Keys and values of the sinks of each token, and where it looks at them beside its window.
+    """Keys and values of the sinks of each token, and which of them it does not look at.
 
     Attributes:
         k: [B, N or 1, S, G, P], rotated; 1 where all tokens of a row have the same.
         v: Likewise.
-        seen: bool [B, N, S].
+        hidden: bool [B, N, S]; a token looks at the others beside its window.
     """
 
     k: Tensor
     v: Tensor
-    seen: Tensor
+    hidden: Tensor
 
 
 def find_sinks(
@@ -54,53 +55,86 @@ def find_sinks(
         within_windows: Whether vision tokens look into 3-D windows instead. They then look at the sinks that are text,
             as far as those stand before them.
     """
-    places, rank = layout.leading(count), layout.rank
-    text = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
-    if layout.vision is not None:
-        text = ~layout.vision
-    found = {
-        "k": _taken(k, places),
-        "v": _taken(v, places),
-        "text": _taken(text, places),
-        "there": places >= 0,
-    }
-    if state is not None:
-        rank = rank + torch.where(layout.number == 0, state["seen"][:, None], 0)
+    found = {"k": _leading(k, layout, count), "v": _leading(v, layout, count)}
+    if state is None:
+        hidden = hidden_sinks(layout, count=count, window=window, within_windows=within_windows)
+    else:
+        found |= _standing(layout, count)
+        rank = layout.rank + torch.where(layout.number == 0, state["seen"][:, None], 0)
         _continue(found, state)
-    if places.shape[1] > 1:
-        found = {name: _taken(table, layout.number[..., None])[:, :, 0] for name, table in found.items()}
-    number = torch.arange(count, device=k.device)
-    seen = found["there"] & (rank[..., None] - number >= window)
-    if within_windows and layout.vision is not None:
-        before = found["there"] & found["text"] & (number < rank[..., None])
-        seen = torch.where(layout.vision[..., None], before, seen)
-    if layout.valid is not None:
-        seen = seen & layout.valid[..., None]
-    return Sinks(found["k"], found["v"], seen)
+        hidden = _hidden(layout, rank, found["text"], found["missing"], window, within_windows)
+    return Sinks(_by_token(found["k"], layout), _by_token(found["v"], layout), hidden)
+
+
+def hidden_sinks(layout: TokenLayout, *, count: int, window: int, within_windows: bool) -> Tensor:
+    """Tell which sinks tokens do not look at where no state came before; the layout keeps it.
+
+    Args:
+        layout: Where the tokens stand.
+        count: As for :func:`find_sinks`.
+        window: Likewise.
+        within_windows: Likewise.
+
+    Returns:
+        bool [B, N, S].
+    """
+    return layout.kept(
+        ("hidden sinks", count, window, within_windows),
+        lambda: _hidden(
+            layout, layout.rank, **_standing(layout, count), window=window, within_windows=within_windows
+        ),
+    )
+
+
+def prepare_sinks(
+    layout: TokenLayout, *, count: int, window: int, within_windows: bool, cached: bool
+) -> None:
+    """Make the tables that :func:`find_sinks` asks of a layout, with a state or without one."""
+    _rows(layout, count)
+    if not cached:
+        hidden_sinks(layout, count=count, window=window, within_windows=within_windows)
 
 
 def join_sinks(
-    q: Tensor, y: Tensor, lse: Tensor, sinks: Sinks, *, scale: float, softcap: float | None = None
+    q: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    sinks: Sinks,
+    padding: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """Let queries that have averaged some values look at their sinks too, as if in one softmax.
 
     Args:
         q: [B, N, H, P], rotated.
         y: [B, N, H, P], the averages.
-        lse: [B, N, H], log Σ exp of their scores, -inf where there were none.
+        lse: [B, N, H], log Σ exp of their scores.
         sinks: Of each token.
+        padding: bool [B, N], the tokens that have averaged nothing and have no sinks. None: all have some.
         scale: Factor on query·key.
         softcap: Bound of the scores. None: unbounded.
     """
     groups = sinks.k.shape[3]
     wide = torch.promote_types(q.dtype, torch.float32)  # scores are large, and bf16 knows 256 of each size
-    scores = torch.einsum("bngrp,bnsgp->bngrs", q.to(wide).unflatten(2, (groups, -1)), sinks.k.to(wide))
-    scores = capped(scores * scale, softcap).masked_fill(~sinks.seen[:, :, None, None], float("-inf"))
-    own = lse.unflatten(2, (groups, -1))[..., None]
-    alone = ~sinks.seen.any(-1)[:, :, None, None, None] & (own == float("-inf"))
-    weights = torch.cat([own.masked_fill(alone, 0.0), scores], dim=-1).softmax(-1)
-    added = torch.einsum("bngrs,bnsgp->bngrp", weights[..., 1:].to(y.dtype), sinks.v.to(y.dtype))
-    return weights[..., :1].to(y.dtype).flatten(2, 3) * y + added.flatten(2, 3)
+
+    def by_group(t: Tensor) -> Tensor:
+        return t.unflatten(2, (groups, -1)).transpose(1, 2)
+
+    # In the order in which einsum reads them, so that it need not copy them.
+    queries = by_group(q).to(wide, memory_format=torch.contiguous_format)
+    keys = sinks.k.permute(0, 3, 1, 2, 4).to(wide, memory_format=torch.contiguous_format)
+    with without_autocast(q.device):
+        scores = torch.einsum("bgnrp,bgnsp->bgnrs", queries, keys)
+    scores = capped(scores * scale, softcap).masked_fill(sinks.hidden[:, None, :, None], float("-inf"))
+    own = by_group(lse)[..., None]
+    if padding is not None:
+        own = own.masked_fill(padding[:, None, :, None, None], 0.0)
+    weights = torch.cat([own, scores], dim=-1).softmax(-1).to(y.dtype)
+    rest, others = weights.split([1, scores.shape[-1]], dim=-1)
+    added = torch.einsum("bgnrs,bnsgp->bgnrp", others, sinks.v.to(y.dtype))
+    return (by_group(y) * rest + added).transpose(1, 2).flatten(2, 3)
 
 
 def init_sinks(
@@ -120,16 +154,53 @@ def init_sinks(
     }
 
 
-def _taken(table: Tensor, places: Tensor) -> Tensor:
-    """Rows of ``table`` [B, N, …] at ``places`` [B, M, S], as [B, M, S, …]."""
-    rows = torch.arange(len(table), device=table.device)[:, None, None]
-    return table[rows, places.clamp_min(0)]
+def _leading(table: Tensor, layout: TokenLayout, count: int) -> Tensor:
+    """Rows of ``table`` [B, N, …] that are sinks, by sequence [B, sequences, S, …]; any where there are fewer."""
+    shape = (*layout.leading(count).shape, *table.shape[2:])
+    return table.flatten(0, 1).index_select(0, _rows(layout, count)).view(shape)
+
+
+def _rows(layout: TokenLayout, count: int) -> Tensor:
+    """Flat indices b·N + i of the sinks, by sequence; the layout keeps them."""
+
+    def compute() -> Tensor:
+        row = torch.arange(layout.batch_size, device=layout.device)[:, None, None]
+        return (row * layout.length + layout.leading(count).clamp_min(0)).flatten()
+
+    return layout.kept(("rows of sinks", count), compute)
+
+
+def _by_token(table: Tensor, layout: TokenLayout) -> Tensor:
+    """What the sequence of each token has of ``table`` [B, sequences, S, …]: [B, N, S, …], or [B, 1, S, …]."""
+    if table.shape[1] == 1:
+        return table
+    return table[torch.arange(len(table), device=table.device)[:, None], layout.number]
+
+
+def _standing(layout: TokenLayout, count: int) -> dict[str, Tensor]:
+    """Whether sinks are text, and whether they are missing: bool [B, sequences, S] each."""
+    missing = layout.leading(count) < 0
+    vision = layout.vision
+    text = torch.ones_like(missing) if vision is None else _leading(~vision, layout, count)
+    return {"text": text, "missing": missing}
+
+
+def _hidden(
+    layout: TokenLayout, rank: Tensor, text: Tensor, missing: Tensor, window: int, within_windows: bool
+) -> Tensor:
+    """Which sinks, of those that :func:`_standing` tells of, tokens of a rank do not look at; bool [B, N, S]."""
+    number, rank = torch.arange(missing.shape[2], device=missing.device), rank[..., None]
+    text, missing = _by_token(text, layout), _by_token(missing, layout)
+    hidden = missing | (rank - number < window)
+    if within_windows and layout.vision is not None:
+        hidden = torch.where(layout.vision[..., None], missing | ~text | (number >= rank), hidden)
+    return hidden if layout.padding is None else hidden | layout.padding[..., None]
 
 
 def _continue(found: dict[str, Tensor], state: MixerState) -> None:
     """Let the first sequence of each row begin with the sinks of a state, and keep what it has then."""
-    there = found["there"][:, 0]
-    slot = torch.arange(there.shape[1], device=there.device).expand(len(there), -1)
+    missing = found["missing"][:, 0]
+    slot = torch.arange(missing.shape[1], device=missing.device).expand(len(missing), -1)
     old, own = slot < state["seen"][:, None], (slot - state["seen"][:, None]).clamp_min(0)
 
     def first(name: str, kept: Tensor) -> Tensor:
@@ -142,4 +213,4 @@ def _continue(found: dict[str, Tensor], state: MixerState) -> None:
 
     for name in ("k", "v", "text"):
         state[f"sink_{name}"].copy_(first(name, state[f"sink_{name}"]))
-    first("there", torch.ones_like(there))
+    first("missing", torch.zeros_like(missing))

@@ -41,7 +41,9 @@ def test_text_has_no_tables() -> None:
 def test_mask() -> None:
     layout = TokenLayout.from_mask(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]))
     assert layout.valid.tolist() == [[False, False, True, True], [True, True, True, False]]
-    assert TokenLayout.from_mask(torch.ones(2, 3)).valid is None
+    assert layout.padding.tolist() == [[True, True, False, False], [False, False, False, True]]
+    full = TokenLayout.from_mask(torch.ones(2, 3))
+    assert full.valid is full.padding is None
 
 
 @pytest.mark.parametrize("kind", [list, torch.tensor, lambda c: torch.tensor(c, dtype=torch.int32)])
