@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixers.interface import MixerState
 from mixers.layout import TokenLayout
-from mixers.ops.ssd.blocks import without_autocast
+from mixers.precision import without_autocast
 from mixers.softmax import capped
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixers.precision import without_autocast
+
 
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, *, scale: float, softcap: float | None = None
@@ -56,5 +58,6 @@ def _scores(
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = capped(q.to(wide) @ k.to(wide).transpose(2, 3) * scale, softcap)
+    with without_autocast(q.device):
+        scores = capped(q.to(wide) @ k.to(wide).transpose(2, 3) * scale, softcap)
     return scores if seen is None else scores.masked_fill(~seen, float("-inf")), v

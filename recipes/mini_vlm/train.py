@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if not options.start and isinstance(task, VisualTask):
             captioned = task.captioned(options.captions)
-            model.to(best_device())  # type: ignore[arg-type]
+            model.to(processes().device)  # type: ignore[arg-type]
             losses = pretrain_projector(model, task, captioned, workers=options.workers, seed=options.seed)
             print(json.dumps({"captions": len(captioned), "losses": losses[::50]}), flush=True)
         run = {"seed": options.seed, "workers": options.workers, "minutes": options.minutes}

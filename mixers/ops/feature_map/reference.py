@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mixers.errors import ShapeError
-from mixers.ops.ssd.blocks import without_autocast
+from mixers.precision import without_autocast
 
 
 def feature_map(x: Tensor, weight: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mixers.ops.ssd.chunks import Cut, Edge, Tables, mix_block, sweep_block
+from mixers.precision import without_autocast
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,3 @@ class _Scan(torch.autograd.Function):
                 add(found[:own], i)
                 to_afters[i] = to_afters[i] + found[own]
         return None, grad_state, *grads
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Keep a region of lower precision around the op from narrowing its sums."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()

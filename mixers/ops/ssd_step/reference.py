@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mixers.errors import ShapeError
 from mixers.ops.finish.reference import finish
-from mixers.ops.ssd.blocks import without_autocast
 from mixers.ops.ssd.chunks import divided, with_ones
+from mixers.precision import without_autocast
 
 
 def ssd_step(
