@@ -14,7 +14,7 @@ from bridges.plan import Report
 RECORD = "linmu"
 """Its name in the text config."""
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 NEW_WEIGHTS = "new_weights.json"
 """The file that describes a checkpoint of new weights alone."""
@@ -69,5 +69,13 @@ def _name_no_teacher(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "version": 2, "teacher": None}
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _name_no_teacher}
+def _without_sinks(record: dict[str, Any]) -> dict[str, Any]:
+    layers = {
+        number: {**layer, "config": {"sinks": 0, **layer["config"]}} if layer["mixer"] == "mmate" else layer
+        for number, layer in record["layers"].items()
+    }
+    return {**record, "version": 3, "layers": layers}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _name_no_teacher, 2: _without_sinks}
 """Version → what makes a record of the next."""
