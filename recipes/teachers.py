@@ -100,10 +100,9 @@ def load_gguf(
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
-    if (
-        tokenizer.eos_token_id != model.config.eos_token_id
-    ):  # transformers 5.17 takes the file's first token for it
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    # transformers 5.17 takes the file's first special token for the end of a text.
+    if isinstance(end := model.config.eos_token_id, int):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     # The weights are plain now; with these marks of quantisation left, save_pretrained refuses the model.
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
         if hasattr(model, mark):

@@ -45,6 +45,20 @@ def test_the_type_is_the_recipes(tmp_path):
     assert load_teacher(TeacherSpec(model=str(tmp_path), dtype="bfloat16")).model.dtype == torch.bfloat16
 
 
+def test_a_text_of_a_gguf_file_ends_as_the_models_config_says(tmp_path, monkeypatch):
+    """Versions of transformers differ in which of the file's tokens they take for the end."""
+    model = MODELS["llama"]()
+    model.config.eos_token_id = 2
+    save_tokenizer(tmp_path)
+    wrong = PreTrainedTokenizerFast.from_pretrained(tmp_path, eos_token="<unk>")
+    monkeypatch.setattr("recipes.teachers.AutoTokenizer.from_pretrained", lambda *a, **k: wrong)
+    monkeypatch.setattr("recipes.teachers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: model)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    (tmp_path / "model.gguf").touch()
+    teacher = load_teacher(str(tmp_path / "model.gguf"))
+    assert teacher.tokenizer.eos_token_id == teacher.tokenizer.pad_token_id == 2
+
+
 @pytest.mark.parametrize("name", ["tiny-vml", "no/such-folder/at-all", "nothing.gguf"])
 def test_what_is_no_teacher_is_refused(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
