@@ -40,7 +40,7 @@ class BiMamba2(Mamba2):
     def __init__(self, config: BiMamba2Config, *, projections: bool = True) -> None:
         super().__init__(config, projections=projections)
         if config.backward:
-            self.backward_decay = Decay(config.dim, len(self.decay.rates.A_log))
+            self.backward_decay = Decay(config.dim, len(self.decay.rates.A_log), config.memory)
 
     def _scan(self, layout: TokenLayout) -> Scan:
         return layout.scan(scan_axes(self.config.scan, self.config.layer_idx))

@@ -11,19 +11,24 @@ from torch.nn import functional as F
 
 INITIAL_DT = 0.1
 MEMORY_TOKENS = (8, 4096)
-"""Shortest and longest memory, in tokens, that the scans start with (log-spaced over heads)."""
+"""Shortest and longest memory, in tokens, that scans start with unless told otherwise."""
 
 
 class Rates(nn.Module):
-    """The parameters A_log and dt_bias [E], which stay fp32 when the model is cast."""
+    """The parameters A_log and dt_bias [E], which stay fp32 when the model is cast.
 
-    def __init__(self, heads: int) -> None:
+    Args:
+        heads: E.
+        memory: Tokens after which the first and the last head keep 1/e at the start, the others log-spaced between.
+    """
+
+    def __init__(self, heads: int, memory: tuple[float, float] = MEMORY_TOKENS) -> None:
         super().__init__()
-        low, high = map(math.log, MEMORY_TOKENS)
+        low, high = map(math.log, memory)
         spread = [head / (heads - 1) for head in range(heads)] if heads > 1 else [0.5]
-        memory = [low + share * (high - low) for share in spread]
+        logs = [low + share * (high - low) for share in spread]
         # Not by torch.linspace: within torch.device it stays on the CPU once transformers has loaded a model.
-        self.A_log = nn.Parameter(-torch.tensor(memory, dtype=torch.float32) - math.log(INITIAL_DT))
+        self.A_log = nn.Parameter(-torch.tensor(logs, dtype=torch.float32) - math.log(INITIAL_DT))
         self.dt_bias = nn.Parameter(
             torch.full((heads,), math.log(math.expm1(INITIAL_DT)), dtype=torch.float32)
         )
@@ -52,13 +57,14 @@ class Decay(nn.Module):
     Args:
         dim: Model width D.
         heads: Decays E: one a KV head, or one a query head.
+        memory: As for :class:`Rates`.
     """
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, memory: tuple[float, float] = MEMORY_TOKENS) -> None:
         super().__init__()
         self.proj = nn.Linear(dim, heads, bias=False)
         nn.init.normal_(self.proj.weight, std=0.01)
-        self.rates = Rates(heads)
+        self.rates = Rates(heads, memory)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map x [B, N, D] to (log_a, dt), each fp32 [B, N, E], log_a ≤ 0 ≤ dt."""

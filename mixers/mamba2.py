@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixers.decay import Decay
+from mixers.decay import MEMORY_TOKENS, Decay
 from mixers.errors import ConfigError
 from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
 from mixers.layout import Scan, TokenLayout
@@ -25,6 +25,8 @@ class Mamba2Config(MixerConfig):
 
     Args:
         decay: One decay a ``"kv_head"`` (states then exist per KV head only) or a query ``"head"``.
+        memory: Tokens after which the first and the last head have forgotten all but 1/e of what they read, before
+            training; the others are log-spaced between.
         conv_size: Taps of the short convolution on C, B and X; 0 leaves it out.
         feature_map: What is done to C and B: ``"none"``; ``"softmax"``, a learned map then softmax
             of both signs, which doubles the state (Hedgehog, arXiv 2402.04347); ``"l2"`` norm.
@@ -36,6 +38,7 @@ class Mamba2Config(MixerConfig):
     """
 
     decay: Literal["kv_head", "head"] = "kv_head"
+    memory: tuple[float, float] = MEMORY_TOKENS
     conv_size: int = 4
     feature_map: Literal["none", "softmax", "l2"] = "none"
     normalizer: Literal["none", "rms", "denominator"] = "rms"
@@ -50,6 +53,8 @@ class Mamba2Config(MixerConfig):
                 f"conv_size must not be negative and chunk_size must be positive, found {self.conv_size} "
                 f"and {self.chunk_size}."
             )
+        if min(self.memory) <= 0:
+            raise ConfigError(f"memory must be positive numbers of tokens, found {self.memory}.")
         if self.normalizer == "denominator" and self.feature_map != "softmax":
             raise ConfigError(
                 "normalizer 'denominator' needs weights that are not negative; use it with "
@@ -66,7 +71,7 @@ class Mamba2(TokenMixer):
     def __init__(self, config: Mamba2Config, *, projections: bool = True) -> None:
         super().__init__(config, projections=projections)
         h, g, p = self.num_heads, self.num_kv_heads, self.head_dim
-        self.decay = Decay(config.dim, g if config.decay == "kv_head" else h)
+        self.decay = Decay(config.dim, g if config.decay == "kv_head" else h, config.memory)
         self.skip = nn.Parameter(torch.zeros(h))
         if config.conv_size:
             identity = torch.zeros((h + 2 * g) * p, config.conv_size)

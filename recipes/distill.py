@@ -65,7 +65,7 @@ def distill(
         recipe: A recipe, its name in the library, or a YAML file.
         out: Folder of the run.
         teacher: Default: the recipe's. Its weights are frozen and moved to the device.
-        task: Default: the recipe's dataset.
+        task: Default: the recipe's dataset. One that is given is trained on in all stages, whatever options they have.
         resume: Whether to go on with a run that is in the folder; if not, such a folder is refused.
         callbacks: Of transformers' Trainer, for each stage; ``args.run_name`` is the stage's name. With
             any, the Trainer's own progress bar stays away.
@@ -84,7 +84,8 @@ def distill(
     spec = recipe.student
     bridges.plan(teacher.model, spec.mixer, layers=spec.layers, init=spec.init, **spec.config)
     recipe.explain(teacher.model)
-    task = load_task(recipe.data, teacher.model.config, teacher.tokenizer) if task is None else task
+    given, task = task, _task(recipe, teacher, {}) if task is None else task
+    own = {s.name: _task(recipe, teacher, s.data) for s in recipe.stages if s.data and given is None}
     run = Run.check(Path(out), recipe, teacher.model, resume)
 
     ours = processes()
@@ -93,7 +94,7 @@ def distill(
         run.start(teacher.model)
     ours.wait_for_everyone()
     for number, stage, folder in run.pending():
-        _run_stage(run, number, stage, folder, teacher, task, callbacks)
+        _run_stage(run, number, stage, folder, teacher, own.get(stage.name, task), callbacks)
 
     student = _convert(run, teacher)
     activate(student, recipe.stages[-1].active)
@@ -106,6 +107,11 @@ def distill(
         teacher.tokenizer.save_pretrained(run.student)
     ours.wait_for_everyone()
     return Distilled(student, teacher, task, history, run.path)
+
+
+def _task(recipe: Recipe, teacher: Teacher, options: dict[str, Any]) -> Task:
+    spec = recipe.data.model_copy(update={"options": recipe.data.options | options})
+    return load_task(spec, teacher.model.config, teacher.tokenizer)
 
 
 def _convert(run: Run, teacher: Teacher) -> PreTrainedModel:

@@ -47,7 +47,8 @@ class StageExplanation:
         frozen_parameters: Numbers of the student that stay as they are.
         losses: Loss → weight.
         steps: Optimiser steps.
-        rows_per_step: Rows of an optimiser step on one device.
+        rows_per_step: Rows of an optimiser step on one device, or at most so many.
+        tokens_per_step: Its tokens at most, where they bound its rows; None elsewhere.
     """
 
     name: str
@@ -60,6 +61,7 @@ class StageExplanation:
     losses: dict[str, float]
     steps: int
     rows_per_step: int
+    tokens_per_step: int | None
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def _explain_stage(stage: Stage, student: nn.Module) -> StageExplanation:
         losses=stage.losses.weights,
         steps=stage.steps,
         rows_per_step=stage.batch_size * stage.gradient_accumulation,
+        tokens_per_step=stage.batch_tokens and stage.batch_tokens * stage.gradient_accumulation,
     )
 
 
@@ -164,8 +167,11 @@ def _count(parameters: Iterable[torch.Tensor]) -> int:
 
 def _table(number: int, stage: StageExplanation) -> Table:
     active = "all branches" if stage.active is None else f"branches: {', '.join(stage.active)}"
+    rows = f"{stage.rows_per_step} rows"
+    if stage.tokens_per_step is not None:
+        rows = f"at most {rows} and {stage.tokens_per_step:,} tokens"
     table = Table(
-        title=f"Stage {number}, {stage.name}: {stage.steps} steps of {stage.rows_per_step} rows; {active}",
+        title=f"Stage {number}, {stage.name}: {stage.steps} steps of {rows}; {active}",
         title_justify="left",
     )
     table.add_column("what")

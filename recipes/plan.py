@@ -278,7 +278,10 @@ class Stage(Part):
         losses: What is minimised.
         optimizer: How.
         steps: Optimiser steps.
+        data: Options of the dataset that differ from the recipe's in this stage, such as the lengths of its rows.
         batch_size: Rows of a forward pass on one device.
+        batch_tokens: Where the dataset knows the sizes of its rows: about how many tokens a forward pass has at most,
+            so that of long rows there are fewer than ``batch_size``; null: as many as those rows have.
         gradient_accumulation: Forward passes of an optimiser step.
         gradient_checkpointing: Whether to recompute layers in the backward pass, to save memory.
         max_length: Rows longer than this many tokens are cut at their end.
@@ -293,8 +296,10 @@ class Stage(Part):
     lora: LoRA | None = None
     losses: Losses
     optimizer: Optimizer
+    data: dict[str, Any] = {}
     steps: Count
     batch_size: Count = 8
+    batch_tokens: Count | None = None
     gradient_accumulation: Count = 1
     gradient_checkpointing: bool = False
     max_length: Count | None = None

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from recipes.batching import LikeSizes
 from recipes.checkpoint import load_parameters, read_tensors, seal, write_tensors
 from recipes.data.task import Batch
 from recipes.errors import CheckpointError, LaunchError, NonFiniteLossError
@@ -200,12 +202,30 @@ class DistillTrainer(Trainer):
             self._sums[name] += value
         return (loss, outputs) if return_outputs else loss
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        sizes = getattr(rows, "sizes", None)
-        if sizes is None or len(set(sizes)) == 1:
-            return super()._get_train_sampler(train_dataset)
-        return LikeSizes(sizes, self.args.train_batch_size * self.args.world_size, self.args.seed)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the batches; where the dataset knows the sizes of its rows, like are with like."""
+        sizes = getattr(self.train_dataset, "sizes", None)
+        if sizes is None or (len(set(sizes)) == 1 and self.stage.batch_tokens is None):
+            return super().get_train_dataloader()
+        args = self.args
+        batches = LikeSizes(
+            sizes,
+            args.train_batch_size,
+            self.stage.batch_tokens,
+            processes=args.world_size,
+            seed=args.seed,
+        )
+        self.accelerator.even_batches = (
+            False  # they are, and have no size in common that accelerate could ask for
+        )
+        loader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay is for matrices: norms, biases and the decays of a scan are spared."""
@@ -308,37 +328,6 @@ def gpu_load(device: torch.device) -> dict[str, float]:
     with contextlib.suppress(Exception):  # a missing package, and each refusal of a driver, has its own type
         load["gpu_busy"] = torch.cuda.utilization(device) / 100
     return {**load, "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}
-
-
-class LikeSizes(torch.utils.data.Sampler[int]):
-    """Draws every row once, in batches of rows of like size, the batches in random order; another order each epoch.
-
-    Args:
-        sizes: Of the rows.
-        batch_size: Rows of a batch, on all devices together.
-        seed: Of the draw.
-    """
-
-    def __init__(self, sizes: Sequence[int], batch_size: int, seed: int) -> None:
-        self.sizes, self.batch_size, self.seed, self.epoch = sizes, batch_size, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order; the Trainer calls it."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        drawn = torch.randperm(len(self.sizes), generator=generator)
-        by_size = drawn[torch.tensor(self.sizes)[drawn].argsort(stable=True)]
-        *whole, last = by_size.split(self.batch_size)
-        if len(last) == self.batch_size:
-            whole, last = [*whole, last], last[:0]
-        for number in torch.randperm(len(whole), generator=generator).tolist():
-            yield from whole[number].tolist()
-        yield from last.tolist()
 
 
 class _LastStep(TrainerCallback):

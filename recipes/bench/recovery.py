@@ -112,7 +112,7 @@ def recovery(recipe: Recipe, folder: Path, shelf: Shelf, say: Say, *, debug: boo
     try:
         say("loading")
         yardstick = shelf.teacher(recipe.teacher)
-        task = yardstick.task(recipe.data)
+        task = None if any(stage.data for stage in recipe.stages) else yardstick.task(recipe.data)
         done = distill(recipe, folder, teacher=yardstick.teacher, task=task, callbacks=[_Steps(say)])
         found = report(recipe, done.student, yardstick, say=say)
     except Exception as error:  # whatever it is, the other recipes go on

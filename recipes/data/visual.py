@@ -129,6 +129,10 @@ class VisualTask(ABC):
         questions = [item["question"] for item in items]
         return self._batch(questions, self.shown(items), "right", [self._reply(item) for item in items])
 
+    def text_tokens(self, item: Item) -> int:
+        """How many tokens a training row has beside its image or video."""
+        return len(self.prompt(self.ids([item["question"]])[0], 0, 0)) + len(self._reply(item).ids)
+
     def _reply(self, item: Item) -> Reply:
         end = self.tokenizer.eos_token_id
         questions, answers = zip(("", item["answer"]), *item.get("further", ()))

@@ -57,6 +57,7 @@ def training_stage(
     batch_size: int,
     learning_rate: float = 3e-4,
     gradient_accumulation: int = 1,
+    batch_tokens: int | None = None,
     rank: int | None = None,
 ) -> Stage:
     """Return a stage that trains projector and decoder by the cross-entropy of the answers.
@@ -66,6 +67,7 @@ def training_stage(
         batch_size: Rows of a step, or of a part of it.
         learning_rate: At its highest.
         gradient_accumulation: Parts of a step.
+        batch_tokens: Most tokens of a part, about. None: as many as its rows have.
         rank: Of the decoder's adapters. None: its layers are trained in full.
     """
     return Stage(
@@ -76,6 +78,7 @@ def training_stage(
         optimizer=Optimizer(learning_rate=learning_rate),
         steps=steps,
         batch_size=batch_size,
+        batch_tokens=batch_tokens,
         gradient_accumulation=gradient_accumulation,
     )
 
@@ -121,7 +124,7 @@ def train(
     out, dtype = Path(out), model.dtype
     if minutes is not None:
         stage = stage.model_copy(update={"steps": FOREVER})
-        callbacks = [_Minutes(minutes, stage.optimizer), *callbacks]
+        callbacks = [_Minutes(minutes, stage.optimizer.warmup), *callbacks]
     selection = select(stage, model)
     model.to(processes().device)  # type: ignore[arg-type]
     set_seed(seed)
@@ -185,20 +188,27 @@ def _merge(adapted: PreTrainedModel | PeftModel, dtype: torch.dtype) -> None:
 class _Minutes(TrainerCallback):
     """Ends a training after some time; the learning rate warms up and falls to zero on a cosine over that time."""
 
-    def __init__(self, minutes: float, optimizer: Optimizer) -> None:
-        self.seconds, self.peak, self.begin = 60 * minutes, optimizer.learning_rate, 0.0
-        self.warmup = optimizer.warmup if optimizer.warmup < 1 else 0.05
+    def __init__(self, minutes: float, warmup: float) -> None:
+        self.seconds, self.warmup, self.begin = 60 * minutes, warmup, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        schedule = kwargs["lr_scheduler"]
+        schedule.lr_lambdas = [self._rate] * len(schedule.lr_lambdas)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begin = self.begin or time.monotonic()
-        part = min(1.0, (time.monotonic() - self.begin) / self.seconds)
-        fallen = 0.5 + 0.5 * math.cos(math.pi * max(0.0, part - self.warmup) / (1 - self.warmup))
-        for group in kwargs["optimizer"].param_groups:
-            group["lr"] = self.peak * min(1.0, part / self.warmup) * fallen
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if time.monotonic() - self.begin >= self.seconds:
+        if self._part() >= 1:
             control.should_training_stop = control.should_log = True
+
+    def _part(self) -> float:
+        return (time.monotonic() - self.begin) / self.seconds
+
+    def _rate(self, step: int) -> float:
+        part = min(1.0, self._part())
+        fallen = 0.5 + 0.5 * math.cos(math.pi * max(0.0, part - self.warmup) / (1 - self.warmup))
+        return min(1.0, part / self.warmup) * fallen
 
 
 class _Printed(TrainerCallback):
@@ -228,6 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, help="train so long, whatever the number of steps")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument(
+        "--batch-tokens", type=int, help="most tokens of a batch, which then has fewer long rows"
+    )
     parser.add_argument("--gradient-accumulation", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--rank", type=int, help="of adapters of the decoder; without, all of it is trained")
@@ -256,6 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,
             gradient_accumulation=options.gradient_accumulation,
+            batch_tokens=options.batch_tokens,
             rank=options.rank,
         )
         if not options.start and isinstance(task, VisualTask):

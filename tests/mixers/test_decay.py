@@ -13,17 +13,18 @@ from mixers.decay import INITIAL_DT, MEMORY_TOKENS, Decay
 
 
 @pytest.mark.parametrize("heads", [1, 2, 7])
-def test_memories_start_spread_between_the_bounds(heads: int) -> None:
-    decay = Decay(16, heads)
+@pytest.mark.parametrize("bounds", [MEMORY_TOKENS, (300.0, 20000.0)])
+def test_memories_start_spread_between_the_bounds(heads: int, bounds: tuple[float, float]) -> None:
+    decay = Decay(16, heads, bounds)
     decay.proj.weight.data.zero_()
     log_a, dt = decay(torch.zeros(1, 1, 16))
     memory = -1 / log_a[0, 0]
     torch.testing.assert_close(dt, torch.full_like(dt, INITIAL_DT))
     if heads > 1:
-        torch.testing.assert_close(memory[[0, -1]], torch.tensor(MEMORY_TOKENS, dtype=torch.float32))
+        torch.testing.assert_close(memory[[0, -1]], torch.tensor(bounds, dtype=torch.float32))
         steps = memory.log().diff()
         torch.testing.assert_close(steps, steps[:1].expand_as(steps), rtol=1e-4, atol=1e-4)
-    assert ((memory >= MEMORY_TOKENS[0] - 0.01) & (memory <= MEMORY_TOKENS[1] + 1)).all()
+    assert ((memory >= bounds[0] * 0.999) & (memory <= bounds[1] * 1.001)).all()
 
 
 def test_signs() -> None:

@@ -98,6 +98,7 @@ def test_bad_configs(name: str, fields: dict[str, Any], message: str) -> None:
         ("mmate", {"active": []}, "at least one"),
         ("mamba2", {"decay": "heads"}, "'kv_head', 'head'"),
         ("mamba2", {"conv_size": -1}, "conv_size"),
+        ("mamba2", {"memory": [0, 4096]}, "positive numbers of tokens"),
         ("mamba2", {"chunk_size": 0}, "chunk_size"),
         ("mamba2", {"feature_map": "relu"}, "feature_map"),
         ("mamba2", {"normalizer": "denominator"}, "softmax"),

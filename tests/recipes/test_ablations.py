@@ -46,15 +46,17 @@ def test_an_ablation_asks_a_question_of_its_familys_recipe(name: str) -> None:
 
 
 @every
-def test_an_ablation_trains_on_as_many_rows_and_is_judged_as_its_base(name: str) -> None:
+def test_an_ablation_trains_on_as_much_and_is_judged_as_its_base(name: str) -> None:
     ablation, base = Recipe.load(name), base_of(name)
-    assert rows(ablation) == rows(base)
+    assert budget(ablation) == budget(base)
     for key in ("seed", "teacher", "data", "judged_by"):
         assert getattr(ablation, key) == getattr(base, key)
 
 
-def rows(recipe: Recipe) -> int:
-    return sum(stage.steps * stage.batch_size * stage.gradient_accumulation for stage in recipe.stages)
+def budget(recipe: Recipe) -> int:
+    """The tokens that bound its batches, or their rows."""
+    parts = [(stage.steps * stage.gradient_accumulation, stage) for stage in recipe.stages]
+    return sum(passes * (stage.batch_tokens or stage.batch_size) for passes, stage in parts)
 
 
 @every

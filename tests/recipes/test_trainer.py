@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import errno
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from recipes.selection import activate, select
 from recipes.trainer import (
     GPU_LOAD,
     DistillTrainer,
-    LikeSizes,
     checkpoints,
     gpu_load,
     training_arguments,
@@ -230,32 +230,29 @@ def test_a_loss_is_averaged_over_the_steps_that_have_tokens_for_it(tmp_path):
     assert last["sequence_kd"] == pytest.approx(alone, rel=1e-2)
 
 
-@pytest.mark.parametrize("rows", [1, 12, 50, 51])
-def test_rows_of_like_size_are_batched_together(rows):
-    sizes = [(7 * i) % 3 * 100 for i in range(rows)]
-    sampler = LikeSizes(sizes, 4, seed=3)
-    order = list(sampler)
-    assert sorted(order) == list(range(rows))
-    batches = [order[start : start + 4] for start in range(0, rows, 4)]
-    assert sum(len({sizes[i] for i in batch}) > 1 for batch in batches) <= 2
-    assert list(sampler) == order
-    sampler.set_epoch(1)
-    assert sorted(sampler) == list(range(rows))
-    if rows > 12:
-        assert list(sampler) != order
-        means = [sum(sizes[i] for i in batch) for batch in batches[:-1]]
-        assert means not in (sorted(means), sorted(means, reverse=True))
+class Sized(list):
+    """Riddles that know their sizes."""
+
+    sizes = property(lambda self: [len(item["prompt"]) + 3 for item in self])
 
 
 def test_the_trainer_batches_by_the_sizes_that_a_dataset_gives(tmp_path):
-    class Sized(list):
-        sizes = property(lambda self: [len(item["prompt"]) for item in self])
-
     run = trainer(tmp_path, batch_size=5)
     run.train_dataset.items = Sized(run.train_dataset.items)
     lengths = [batch["input_ids"].shape[1] for batch in run.get_train_dataloader()]
     seen = [int(n) for batch in run.get_train_dataloader() for n in batch["attention_mask"].sum(1)]
     rows = run.train_dataset.items.sizes
-    assert sorted(seen) == sorted(n + 3 for n in rows)
+    assert sorted(seen) == sorted(rows)
     assert 5 * sum(lengths) - sum(seen) <= 4 * (max(rows) - min(rows))
     run.objective.close()
+
+
+def test_a_batch_has_no_more_tokens_than_it_may(tmp_path):
+    run = trainer(tmp_path, steps=4, batch_size=6, batch_tokens=40, log_every=1)
+    run.train_dataset.items = Sized(run.train_dataset.items)
+    shapes = [tuple(batch["input_ids"].shape) for batch in run.get_train_dataloader()]
+    assert max(rows * length for rows, length in shapes) <= 40
+    assert len({rows for rows, _ in shapes}) > 1
+    run.train()
+    assert [entry["step"] for entry in run.history] == [1, 2, 3, 4]
+    assert all(later["tokens"] > earlier["tokens"] for earlier, later in pairwise(run.history))

@@ -12,7 +12,7 @@ from itertools import islice
 from random import Random
 
 from recipes.data.pictures.frames import PALE, Frame, Line, Sprite
-from recipes.data.pictures.question import Group, Question, color, either, listed
+from recipes.data.pictures.question import COLORS, Group, Question, either, listed
 from recipes.data.pictures.shelf import Shelf
 from recipes.data.pictures.stills import CORNERS
 
@@ -109,15 +109,15 @@ def _corner(shelf: Shelf, draw: Random, frames: int) -> Question:
     return Question(_which_corner(name), answer, tuple(slides), len(corners), video=True)
 
 
-def _text(shelf: Shelf, draw: Random, frames: int) -> Question:
-    word = draw.choice(shelf.words)
-    slides = list(map(_slide, _fill(shelf, draw, frames, ())))
-    line = Line(word, draw.choice(shelf.fonts), color(draw), size=round(draw.uniform(0.22, 0.3), 3))
+def _color(shelf: Shelf, draw: Random, frames: int) -> Question:
+    slides, name = list(map(_slide, _fill(shelf, draw, frames, ()))), draw.choice(list(COLORS))
+    size = round(draw.uniform(0.25, 0.4), 3)
+    line = Line(draw.choice(shelf.words), draw.choice(shelf.fonts), COLORS[name], size=size)
     slides[draw.randrange(frames)] = Frame((line,), draw.choice(PALE))
-    return Question("What word was shown?", word, tuple(slides), video=True)
+    return Question("What color was the word?", name, tuple(slides), len(COLORS), video=True)
 
 
-NEEDLE: Group = {"count": _count, "corner": _corner, "text": _text}
+NEEDLE: Group = {"count": _count, "corner": _corner, "color": _color}
 
 
 def further(shelf: Shelf, draw: Random, frames: Sequence[Frame], count: int) -> tuple[tuple[str, str], ...]:

@@ -53,6 +53,9 @@ STANDS_FOR = MappingProxyType(
 CAPTIONED = ("name", "flag", "country")
 """Forms of `names` whose answer is what the image shows."""
 
+MEASURED = 24
+"""Training questions of a kind that tell how long all of it are."""
+
 SAMPLE = 400
 """Training questions of a category that trivial answers are learnt from."""
 
@@ -91,10 +94,11 @@ class Questions(MadeItems):
     def __len__(self) -> int:
         return len(self.kinds) * self.size
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
-        """About how many vision tokens each question has."""
-        return [length for _, length in self.kinds for _ in range(self.size)]
+        """About how many tokens each question has: the most among the first few of its kind."""
+        first = (self[place : place + min(self.size, MEASURED)] for place in range(0, len(self), self.size))
+        return [most for items in first for most in [max(map(self.task.size, items))] * self.size]
 
     def item(self, place: int) -> Item:
         """The question at a place of the split."""
@@ -215,6 +219,10 @@ class Pictures(VisualTask):
             Shown([self.canvas.cut(frame, self.patcher) for frame in item["frames"]], item["video"])
             for item in items
         ]
+
+    def size(self, item: Item) -> int:
+        """How many tokens a training row has."""
+        return self.frame_tokens * len(item["frames"]) + self.text_tokens(item)
 
     @property
     def trivial(self) -> dict[str, float]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from recipes.data.pictures.frames import Chart, Line, Sprite
+from recipes.data.pictures.question import COLORS
 from tests.recipes.data.toy_pack import of, one_of_each_form, toy_task
 
 
@@ -41,7 +42,7 @@ def test_needles_answer_their_questions(task, split):
     answers = set()
     for item in of(getattr(task, split), "needle"):
         shown = [frame.things[0] for frame in item["frames"]]
-        texts = [thing.text for thing in shown if isinstance(thing, Line)]
+        colors = [thing.color for thing in shown if isinstance(thing, Line)]
         names = [pictures[thing.picture].name for thing in shown if isinstance(thing, Sprite)]
         answers.add(item["answer"])
         if match := re.fullmatch(r"How many times was the (.+) shown\?", item["question"]):
@@ -50,8 +51,9 @@ def test_needles_answer_their_questions(task, split):
             assert names.count(match[1]) == 1
             assert item["answer"] == corner(shown[names.index(match[1])])
         else:
-            assert texts == [item["answer"]]
-    assert answers >= {*"123456", "top left", "bottom right"}
+            assert item["question"] == "What color was the word?"
+            assert colors == [COLORS[item["answer"]]]
+    assert answers >= {*"123456", "top left", "bottom right", *COLORS}
 
 
 def corner(sprite):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,25 +93,30 @@ def test_in_bf16_and_with_adapters_too(model, tokenizer, trained, tmp_path, rank
         assert torch.equal(parameter, theirs), name
 
 
-def test_time_may_end_a_training(model, tokenizer, trained, tmp_path):
+def test_time_may_end_a_training(model, tokenizer, trained, tmp_path, monkeypatch):
     """The learning rate follows it, up and down again; what is kept says how many steps it was."""
     stage = training_stage(steps=1, batch_size=1)
-    rates = Rates()
+    rates, clock = Rates(), itertools.count(step=0.1)
+    monkeypatch.setattr("recipes.mini_vlm.train.time", SimpleNamespace(monotonic=lambda: next(clock)))
     history = train(model, tokenizer, trained[2], stage, tmp_path, minutes=2 / 60, callbacks=[rates, *QUIET])
     steps = json.loads((tmp_path / "training.json").read_text())["stage"]["steps"]
     assert steps == history[-1]["step"] == len(rates.seen) > 1
     assert rates.seen[0] < max(rates.seen)
     assert rates.seen[-1] < 0.5 * stage.optimizer.learning_rate
+    assert {entry["learning_rate"] for entry in history} <= set(rates.seen) | {rates.last}
 
 
 class Rates(TrainerCallback):
     """Keeps the learning rate of each step."""
 
     def __init__(self):
-        self.seen = []
+        self.seen, self.last = [], 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.seen.append(kwargs["optimizer"].param_groups[0]["lr"])
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seen.append(kwargs["optimizer"].param_groups[0]["lr"])
+        self.last = kwargs["optimizer"].param_groups[0]["lr"]
 
 
 def test_the_command_trains_goes_on_and_makes_it_again(tmp_path, monkeypatch, capsys):
