@@ -21,6 +21,7 @@ class MMateConfig(GateConfig, FlexMAConfig):
     Args:
         window: As for ``swin3d``.
         shift: As for ``swin3d``.
+        memory: As for ``flex_ma``, of which it is all that lies beyond the windows.
         text_window: As for ``swin3d``; 0 is the paper.
         sinks: As for ``swin3d``; 0 is the paper. None: 4 where there is a text window.
         gate_bias: The gate starts with 95 % on Local-Swin, which is the teacher's own attention as far as it reaches;
@@ -28,9 +29,10 @@ class MMateConfig(GateConfig, FlexMAConfig):
     """
 
     gate_bias: float = -3.0
+    memory: tuple[float, float] = (512, 16384)
     window: tuple[int, int, int] = (4, 4, 4)
     shift: bool = True
-    text_window: int = 256
+    text_window: int = 512
     sinks: int | None = None
 
     def __post_init__(self) -> None:
