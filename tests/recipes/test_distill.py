@@ -265,3 +265,20 @@ def test_a_damaged_or_missing_stage_result_is_refused(tmp_path):
     Run(tmp_path, recipe(*stages)).stages[0].result.unlink()
     with pytest.raises(CheckpointError, match="is missing, though a later stage is done"):
         run(tmp_path, stages=stages)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_stage_trains_on_options_of_its_own(tmp_path, monkeypatch, given):
+    def load(spec, config, tokenizer):
+        return Riddles(images=False, **spec.options)
+
+    monkeypatch.setattr("recipes.distill.load_task", load)
+    one_row, usual = stage(steps=1, data={"items": 1}), stage(name="two", steps=1)
+    plan = recipe(one_row, usual, data={"task": "riddles", "options": {"items": 20}})
+    task = Riddles(images=False) if given else None
+    done = distill(plan, tmp_path, teacher=teacher(), task=task, callbacks=QUIET)
+    read = {entry["stage"]: entry["tokens"] for entry in done.history}
+    alone = len(done.task.train[0]["prompt"]) + 3
+    assert len(done.task.train) == 20
+    assert (read["one"] == alone) != given
+    assert read["two"] > alone

@@ -63,6 +63,13 @@ def test_the_print_names_what_trains_and_what_it_costs():
         assert expected in text
 
 
+def test_the_print_says_what_bounds_a_step():
+    bounded = stage(batch_size=192, batch_tokens=24000, gradient_accumulation=2)
+    explained = recipe(bounded).explain(MODELS["llama"]())
+    assert explained.stages[0].tokens_per_step == 48000
+    assert "2 steps of at most 384 rows and 48,000 tokens" in " ".join(str(explained).split())
+
+
 def test_overlapping_patterns_count_once():
     explained = recipe(stage(trainable=["mixers", r"mixer\.gate", "q_proj"])).explain(MODELS["llama"]())
     alone = recipe(stage()).explain(MODELS["llama"]())
