@@ -249,6 +249,8 @@ class Optimizer(Part):
 
     Args:
         learning_rate: Peak learning rate.
+        factors: Pattern → factor on the learning rate of what is trained under a name that it is found in, such as new
+            weights among a teacher's own; of several such patterns the last counts.
         weight_decay: Decoupled weight decay.
         warmup: Steps of linear warm-up, or, below 1, the fraction of the stage.
         schedule: Shape after the warm-up; ``linear`` and ``cosine`` end at 0.
@@ -259,6 +261,7 @@ class Optimizer(Part):
     term: ClassVar[str] = "optimizer"
     main_key: ClassVar[str] = "learning_rate"
     learning_rate: Positive
+    factors: dict[Pattern, Positive] = {}
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup: Annotated[float, Field(ge=0)] = 0.05
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

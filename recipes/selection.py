@@ -54,6 +54,7 @@ def select(stage: Stage, student: nn.Module) -> Selection:
     """
     selection = Selection(_match_parameters(stage, student), _match_linears(stage.lora, student))
     _check_conflicts(stage, selection)
+    _check_factors(stage, selection)
     _check_branches(stage, student)
     _check_losses(stage, student, selection)
     return selection
@@ -131,6 +132,16 @@ def _check_conflicts(stage: Stage, selection: Selection) -> None:
             raise PatternError(
                 f"stage {stage.name!r}: {name} is a LoRA target and {trained[id(linear.weight)]} is trained in "
                 "full; leave it out of one of the two."
+            )
+
+
+def _check_factors(stage: Stage, selection: Selection) -> None:
+    names = {*selection.trained, *selection.linears}
+    for pattern in stage.optimizer.factors:
+        if not any(re.search(pattern, name) for name in names):
+            raise PatternError(
+                f"stage {stage.name!r}: the factor on the rate of {pattern!r} reaches nothing that the stage trains."
+                f"{near(pattern, _name_parts(names))} It trains such as {_example(sorted(names))!r}."
             )
 
 

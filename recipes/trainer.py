@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,27 @@ class DistillTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer; what has a factor on its learning rate is in groups of its own, behind the rest."""
+        made = self.optimizer is not None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*(() if model is None else (model,)))
+        if not made and self.stage.optimizer.factors:
+            optimizer.param_groups[:] = [
+                g for group in optimizer.param_groups for g in self._by_factor(group)
+            ]
+        return optimizer
+
+    def _by_factor(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        names = {id(p): name for name, p in self.student.named_parameters()}
+        parts: dict[float, list[nn.Parameter]] = {1.0: []}  # first, for its rate is the one that is logged
+        for parameter in group["params"]:
+            fitting = [
+                f for p, f in self.stage.optimizer.factors.items() if re.search(p, names[id(parameter)])
+            ]
+            parts.setdefault(fitting[-1] if fitting else 1.0, []).append(parameter)
+        for factor, parameters in parts.items():
+            yield {**group, "params": parameters, "lr": factor * group["lr"]}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay is for matrices: norms, biases and the decays of a scan are spared."""

@@ -89,6 +89,11 @@ def test_a_tied_head_is_found_by_its_own_name():
         ({"trainable": ["mixers", "vision_tower"]}, PatternError, "'vision_tower' matches no parameter"),
         ({"lora": {"targets": ["up_prj"]}}, PatternError, "matches no linear layer.* 'up_proj'"),
         ({"lora": {"targets": ["q_proj"]}}, PatternError, "leave it out of one"),
+        (
+            {"optimizer": {"learning_rate": 1e-3, "factors": {"brances": 3}}},
+            PatternError,
+            "reaches nothing.* Did you mean 'branches'",
+        ),
         ({"active": ["flexma"]}, BranchError, "Did you mean 'flex_ma'"),
         (
             {"losses": {"hidden_states": 1}, "trainable": ["mixers", "mlp"]},

@@ -206,6 +206,36 @@ def test_weight_decay_spares_vectors(tmp_path):
     assert not [name for name in names if "norm" in name]
 
 
+@pytest.mark.parametrize("factors", [{}, {"branches": 3.0, "A_log": 0.5, "mlp": 2.0}])
+def test_factors_change_the_rates_of_what_they_name_and_nothing_else(tmp_path, factors):
+    optimizer = {"learning_rate": 1e-2, "warmup": 0, "weight_decay": 0.1, "factors": factors}
+    groups = Groups()
+    lora = {"targets": [r"mlp\."], "rank": 2}
+    run = trainer(tmp_path, optimizer=optimizer, lora=lora, callbacks=[groups, *QUIET])
+    names = {id(p): name for name, p in run.student.named_parameters() if p.requires_grad}
+    run.train()
+    found = {
+        names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups.first for p in group["params"]
+    }
+    assert sum(len(group["params"]) for group in groups.first) == len(names) == len(found)
+    for name, (rate, decay) in found.items():
+        fitting = [factor for part, factor in factors.items() if part in name]
+        assert rate == pytest.approx(1e-2 * ([1.0, *fitting][-1])), name
+        assert decay == (0.1 if run.student.get_parameter(name).ndim > 1 else 0.0), name
+    assert run.history[0]["learning_rate"] == pytest.approx(1e-2)
+
+
+class Groups(TrainerCallback):
+    """Keeps the optimizer's groups as they were at the first step."""
+
+    def __init__(self):
+        self.first = []
+
+    def on_step_begin(self, args, state, control, optimizer, **kwargs):
+        if state.global_step == 0:
+            self.first = [dict(group) for group in optimizer.param_groups]
+
+
 def test_a_launch_in_shards_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(DistillTrainer, "create_accelerator_and_postprocess", sharded)
     with pytest.raises(LaunchError, match="torchrun"):
