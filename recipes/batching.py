@@ -7,6 +7,22 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
+from recipes.data.task import Task, TaskError
+from recipes.plan import Stage
+
+
+def check_sizes(stage: Stage, task: Task) -> None:
+    """Make sure that what bounds a stage's batches is known.
+
+    Raises:
+        TaskError: Tokens bound them, and the dataset does not know the sizes of its rows.
+    """
+    if stage.batch_tokens is not None and not hasattr(task.train, "sizes"):
+        raise TaskError(
+            f"stage {stage.name!r} bounds its batches by tokens, but the dataset {task.name!r} does not know the sizes "
+            "of its rows; leave out batch_tokens."
+        )
+
 
 class LikeSizes(Sampler[list[int]]):
     """Draws batches of rows of like size, each row once, the batches in random order; another order each epoch.

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 import bridges
+from recipes.batching import check_sizes
 from recipes.checkpoint import load_parameters, read_tensors, write_json, write_tensors
 from recipes.data import load_task
 from recipes.data.rows import Collator, Rows, teacher_answers
@@ -86,6 +87,8 @@ def distill(
     recipe.explain(teacher.model)
     given, task = task, _task(recipe, teacher, {}) if task is None else task
     own = {s.name: _task(recipe, teacher, s.data) for s in recipe.stages if s.data and given is None}
+    for stage in recipe.stages:
+        check_sizes(stage, own.get(stage.name, task))
     run = Run.check(Path(out), recipe, teacher.model, resume)
 
     ours = processes()

@@ -283,8 +283,8 @@ class Stage(Part):
         steps: Optimiser steps.
         data: Options of the dataset that differ from the recipe's in this stage, such as the lengths of its rows.
         batch_size: Rows of a forward pass on one device.
-        batch_tokens: Where the dataset knows the sizes of its rows: about how many tokens a forward pass has at most,
-            so that of long rows there are fewer than ``batch_size``; null: as many as those rows have.
+        batch_tokens: About how many tokens a forward pass has at most, so that of long rows there are fewer than
+            ``batch_size``; needs a dataset that knows the sizes of its rows. null: as many as those rows have.
         gradient_accumulation: Forward passes of an optimiser step.
         gradient_checkpointing: Whether to recompute layers in the backward pass, to save memory.
         max_length: Rows longer than this many tokens are cut at their end.

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -209,16 +210,9 @@ class DistillTrainer(Trainer):
         if sizes is None or (len(set(sizes)) == 1 and self.stage.batch_tokens is None):
             return super().get_train_dataloader()
         args = self.args
-        batches = LikeSizes(
-            sizes,
-            args.train_batch_size,
-            self.stage.batch_tokens,
-            processes=args.world_size,
-            seed=args.seed,
-        )
-        self.accelerator.even_batches = (
-            False  # they are, and have no size in common that accelerate could ask for
-        )
+        rows, tokens = args.train_batch_size, self.stage.batch_tokens
+        batches = LikeSizes(sizes, rows, tokens, processes=args.world_size, seed=args.seed)
+        self.accelerator.even_batches = False  # they are already, without one size in common
         loader = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_sampler=batches,
@@ -233,18 +227,15 @@ class DistillTrainer(Trainer):
         made = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*(() if model is None else (model,)))
         if not made and self.stage.optimizer.factors:
-            optimizer.param_groups[:] = [
-                g for group in optimizer.param_groups for g in self._by_factor(group)
-            ]
+            optimizer.param_groups[:] = chain.from_iterable(map(self._by_factor, optimizer.param_groups))
         return optimizer
 
     def _by_factor(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
         names = {id(p): name for name, p in self.student.named_parameters()}
         parts: dict[float, list[nn.Parameter]] = {1.0: []}  # first, for its rate is the one that is logged
+        given = self.stage.optimizer.factors.items()
         for parameter in group["params"]:
-            fitting = [
-                f for p, f in self.stage.optimizer.factors.items() if re.search(p, names[id(parameter)])
-            ]
+            fitting = [factor for pattern, factor in given if re.search(pattern, names[id(parameter)])]
             parts.setdefault(fitting[-1] if fitting else 1.0, []).append(parameter)
         for factor, parameters in parts.items():
             yield {**group, "params": parameters, "lr": factor * group["lr"]}

@@ -27,6 +27,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
+from recipes.batching import check_sizes
 from recipes.checkpoint import load_parameters, read_json, read_tensors, write_json, write_tensors
 from recipes.data import load_task
 from recipes.data.rows import Collator, Rows
@@ -114,6 +115,7 @@ def train(
 
     Raises:
         LossError: The stage has a loss that needs a teacher.
+        TaskError: Tokens bound its batches, and the dataset does not know the sizes of its rows.
         RecipeError: A pattern matches nothing, or the loss became NaN; each its own type.
     """
     if set(stage.losses.weights) != {"task"}:
@@ -125,6 +127,7 @@ def train(
     if minutes is not None:
         stage = stage.model_copy(update={"steps": FOREVER})
         callbacks = [_Minutes(minutes, stage.optimizer.warmup), *callbacks]
+    check_sizes(stage, task)
     selection = select(stage, model)
     model.to(processes().device)  # type: ignore[arg-type]
     set_seed(seed)

@@ -93,7 +93,7 @@ def test_every_ablation_fits_a_model_of_its_teachers_class(name: str) -> None:
 def test_an_ablation_of_stages_trains_them(name: str, tmp_path: Path) -> None:
     fields = Recipe.load(name).to_dict()
     for stage in fields["stages"]:
-        stage.update(steps=1, batch_size=2)
+        stage.update(steps=1, batch_size=2, batch_tokens=None)
     recipe = Recipe.from_dict({**fields, "data": {**fields["data"], "workers": 0}})
     teacher = Teacher(small_model(recipe), Tokenizer())
     task = Riddles(images=recipe.data.task != "text")

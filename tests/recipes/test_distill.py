@@ -9,6 +9,7 @@ from peft import PeftModel
 
 import bridges
 from recipes.checkpoint import read_tensors
+from recipes.data.task import TaskError
 from recipes.distill import adapt, distill, share_frozen
 from recipes.errors import CheckpointError, PatternError, RunError
 from recipes.plan import LoRA, Stage
@@ -265,6 +266,12 @@ def test_a_damaged_or_missing_stage_result_is_refused(tmp_path):
     Run(tmp_path, recipe(*stages)).stages[0].result.unlink()
     with pytest.raises(CheckpointError, match="is missing, though a later stage is done"):
         run(tmp_path, stages=stages)
+
+
+def test_tokens_bound_no_batch_of_a_dataset_without_sizes(tmp_path):
+    with pytest.raises(TaskError, match="does not know the sizes of its rows"):
+        run(tmp_path / "run", stages=[stage(), stage(name="bounded", batch_tokens=100)])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("given", [False, True])

@@ -166,7 +166,7 @@ def test_the_recipe_distils_it(trained, tmp_path):
     model, tokenizer, task, _, _ = trained
     fields = Recipe.load("linmu-vlm-mini").to_dict()
     for stage in fields["stages"]:
-        stage.update(steps=2, batch_size=2)
+        stage.update(steps=2, batch_size=2, batch_tokens=None)
     recipe = Recipe.from_dict({**fields, "data": "easy-vqa"})
     done = distill(
         recipe, tmp_path, teacher=Teacher(copy.deepcopy(model), tokenizer), task=task, callbacks=QUIET
