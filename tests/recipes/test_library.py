@@ -49,7 +49,9 @@ def shortened(recipe):
     """The recipe with two steps of two rows a stage."""
     fields = recipe.to_dict()
     for stage in fields["stages"]:
-        stage.update(steps=2, batch_size=2, gradient_accumulation=1, save_every=None, log_every=1)
+        stage.update(
+            steps=2, batch_size=2, batch_tokens=None, gradient_accumulation=1, save_every=None, log_every=1
+        )
     return Recipe.from_dict({**fields, "data": {**fields["data"], "workers": 0}})
 
 
