@@ -21,7 +21,7 @@ class MMateConfig(GateConfig, FlexMAConfig):
     Args:
         window: As for ``swin3d``.
         shift: As for ``swin3d``.
-        memory: As for ``flex_ma``, of which it is all that lies beyond the windows.
+        memory: As for ``flex_ma``; long from the start, for the windows have what is near.
         text_window: As for ``swin3d``; 0 is the paper.
         sinks: As for ``swin3d``; 0 is the paper. None: 4 where there is a text window.
         gate_bias: The gate starts with 95 % on Local-Swin, which is the teacher's own attention as far as it reaches;

@@ -85,8 +85,10 @@ def distill(
     spec = recipe.student
     bridges.plan(teacher.model, spec.mixer, layers=spec.layers, init=spec.init, **spec.config)
     recipe.explain(teacher.model)
-    given, task = task, _task(recipe, teacher, {}) if task is None else task
-    own = {s.name: _task(recipe, teacher, s.data) for s in recipe.stages if s.data and given is None}
+    own: dict[str, Task] = {}
+    if task is None:
+        task = _task(recipe, teacher, {})
+        own = {stage.name: _task(recipe, teacher, stage.data) for stage in recipe.stages if stage.data}
     for stage in recipe.stages:
         check_sizes(stage, own.get(stage.name, task))
     run = Run.check(Path(out), recipe, teacher.model, resume)

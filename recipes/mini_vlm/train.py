@@ -192,7 +192,8 @@ class _Minutes(TrainerCallback):
     """Ends a training after some time; the learning rate warms up and falls to zero on a cosine over that time."""
 
     def __init__(self, minutes: float, warmup: float) -> None:
-        self.seconds, self.warmup, self.begin = 60 * minutes, warmup, 0.0
+        self.seconds, self.begin = 60 * minutes, 0.0
+        self.warmup = warmup if warmup < 1 else 0.05  # of the time, which steps are no part of
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         schedule = kwargs["lr_scheduler"]
@@ -211,7 +212,8 @@ class _Minutes(TrainerCallback):
     def _rate(self, step: int) -> float:
         part = min(1.0, self._part())
         fallen = 0.5 + 0.5 * math.cos(math.pi * max(0.0, part - self.warmup) / (1 - self.warmup))
-        return min(1.0, part / self.warmup) * fallen
+        risen = min(1.0, part / self.warmup) if self.warmup else 1.0
+        return risen * fallen
 
 
 class _Printed(TrainerCallback):

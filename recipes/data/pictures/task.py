@@ -97,8 +97,11 @@ class Questions(MadeItems):
     @cached_property
     def sizes(self) -> list[int]:
         """About how many tokens each question has: the most among the first few of its kind."""
-        first = (self[place : place + min(self.size, MEASURED)] for place in range(0, len(self), self.size))
-        return [most for items in first for most in [max(map(self.task.size, items))] * self.size]
+        starts = range(0, len(self), self.size)
+        longest = [
+            max(map(self.task.size, self[start : start + min(self.size, MEASURED)])) for start in starts
+        ]
+        return [most for most in longest for _ in range(self.size)]
 
     def item(self, place: int) -> Item:
         """The question at a place of the split."""
