@@ -83,12 +83,24 @@ class Baseline(NamedTuple):
 
 
 class Questions(MadeItems):
-    """One split: `size` questions of each group, of the long ones at each length, each made when asked for."""
+    """One split: `size` questions of each group, of the long ones at each length, each made when asked for.
 
-    def __init__(self, task: Pictures, shelf: Shelf, split: str, lengths: Sequence[int], size: int) -> None:
+    A group that has a share of more than 1 comes so many times, with other questions each time.
+    """
+
+    def __init__(
+        self,
+        task: Pictures,
+        shelf: Shelf,
+        split: str,
+        lengths: Sequence[int],
+        size: int,
+        shares: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self.task, self.shelf, self.split, self.size = task, shelf, split, size
-        kinds = [(group, 0) for group in task.groups if group not in LONG]
-        longs = [group for group in task.groups if group in LONG]
+        groups = [group for group in task.groups for _ in range(shares.get(group, 1))]
+        kinds = [(group, 0) for group in groups if group not in LONG]
+        longs = [group for group in groups if group in LONG]
         self.kinds = kinds + [(group, length) for length, group in product(lengths, longs)]
 
     def __len__(self) -> int:
@@ -106,7 +118,8 @@ class Questions(MadeItems):
     def item(self, place: int) -> Item:
         """The question at a place of the split."""
         kind, number = divmod(place, self.size)
-        return self.make(*self.kinds[kind], number)
+        before = self.kinds[:kind].count(self.kinds[kind])
+        return self.make(*self.kinds[kind], before * self.size + number)
 
     def make(self, group: str, length: int, number: int) -> Item:
         """The question with that number of a group, `length` vision tokens long if the group has lengths."""
@@ -148,6 +161,7 @@ class Pictures(VisualTask):
         test_lengths: Vision tokens of those to be judged by.
         train_size: Training questions of each group, and of each length of a long one.
         test_size: Test questions likewise.
+        shares: Group → how many times as many training questions it has. Those without one have 1.
         further: More questions on each long video of training, at most, answered one after the other.
         side: Pixels of a frame's side.
         seed: Of all draws.
@@ -156,6 +170,7 @@ class Pictures(VisualTask):
         DatasetNotInstalled: Pillow is missing.
         UnsupportedModel: The config has no Qwen-VL vision tower, or the tokenizer no end or pad token.
         UnknownGroup: There is no such group; near names are listed.
+        ValueError: A size, a share or the number of lengths is below 1, or `further` below 0.
         BadPack: The file is no pack, or the pack has too little for a split.
         VideoTooShort: A length has not three frames.
         NoVisionTokens: A frame is too small for one vision token.
@@ -173,6 +188,7 @@ class Pictures(VisualTask):
         test_lengths: Sequence[int] = (1024, 4096, 16384),
         train_size: int = 10_000,
         test_size: int = 140,
+        shares: Mapping[str, int] = MappingProxyType({}),
         further: int = 0,
         side: int = 128,
         seed: int = 0,
@@ -184,16 +200,18 @@ class Pictures(VisualTask):
                 'the task pictures needs Pillow, which is not installed: pip install "linmu[demo]"'
             ) from error
         super().__init__(config, tokenizer)
-        for group in groups:
+        for group in (*groups, *shares):
             if group not in GROUPS:
                 raise UnknownGroup(
                     f"pictures has no group {group!r}.{near(group, GROUPS)} Its groups: {', '.join(GROUPS)}."
                 )
-        if not groups or train_size < 1 or test_size < 1 or further < 0 or not (lengths and test_lengths):
+        least = min(train_size, test_size, *shares.values())
+        if not groups or least < 1 or further < 0 or not (lengths and test_lengths):
             raise ValueError(
-                "pictures needs a group, lengths, sizes of at least 1, and no negative number of further questions; "
-                f"found groups={list(groups)}, lengths={list(lengths)}, test_lengths={list(test_lengths)}, "
-                f"train_size={train_size}, test_size={test_size}, further={further}"
+                "pictures needs a group, lengths, sizes and shares of at least 1, and no negative number of further "
+                f"questions; found groups={list(groups)}, lengths={list(lengths)}, test_lengths="
+                f"{list(test_lengths)}, train_size={train_size}, test_size={test_size}, shares={dict(shares)}, "
+                f"further={further}"
             )
         self.further, self.seed, self.groups = further, seed, tuple(dict.fromkeys(groups))
         self.pack = pack if isinstance(pack, Pack) else load_pack(pack)
@@ -205,7 +223,7 @@ class Pictures(VisualTask):
                 f"ask for at least {3 * self.frame_tokens}"
             )
         kept, held_out = shelf(self.pack, "train"), shelf(self.pack, "test")
-        self.train = Questions(self, kept, "train", sorted(set(lengths)), train_size)
+        self.train = Questions(self, kept, "train", sorted(set(lengths)), train_size, shares)
         self.test = Questions(self, held_out, "test", sorted(set(test_lengths)), test_size)
         self.long_videos = {_category(group, length) for group, length in self.test.kinds if group in LONG}
         self.max_new_tokens = 1 + max(map(len, self.answer_ids(sorted(_answers(self.pack)))))

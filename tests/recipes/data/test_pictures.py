@@ -43,8 +43,24 @@ def things(items, kind):
     ]
 
 
+def asked(items, group):
+    return [(item["question"], item["answer"], item["frames"]) for item in items if item["group"] == group]
+
+
 def short(items):
     return [item for item in items if item["group"] not in LONG]
+
+
+def test_a_share_gives_a_group_more_questions_of_training_and_changes_no_others(task):
+    shared = toy_task(
+        lengths=LENGTHS, test_lengths=TEST_LENGTHS, train_size=70, test_size=42, shares={"reading": 3, "needle": 2}
+    )
+    counts = Counter(item["category"] for item in shared.train)
+    assert counts["reading"] == 210 and counts["needle 256"] == counts["needle 512"] == 140
+    assert counts["names"] == counts["slideshow 512"] == 70 and len(shared.train.sizes) == len(shared.train)
+    before, now = asked(task.train, "reading"), asked(shared.train, "reading")
+    assert now[:70] == before and len({str(question) for question in now}) > 2 * len(set(map(str, before)))
+    assert list(shared.test) == list(task.test)
 
 
 def test_it_is_a_task_with_so_many_questions_of_each_group_and_length(task):
@@ -301,13 +317,16 @@ def test_a_pack_with_too_little_is_refused(config, tokenizer):
 
 
 def test_unknown_groups_and_options_are_refused_with_near_names(config, tokenizer):
-    with pytest.raises(UnknownGroup, match="Did you mean 'slideshow'"):
-        Pictures(config, tokenizer, toy_pack(), groups=["slideshows"])
+    for options in ({"groups": ["slideshows"]}, {"shares": {"slideshows": 2}}):
+        with pytest.raises(UnknownGroup, match="Did you mean 'slideshow'"):
+            Pictures(config, tokenizer, toy_pack(), **options)
     with pytest.raises(UnknownKeyError, match="Did you mean 'lengths'"):
         load_task(DataSpec(task="pictures", options={"length": [256]}), config, tokenizer)
 
 
-@pytest.mark.parametrize("options", [{"groups": []}, {"lengths": []}, {"train_size": 0}, {"test_size": 0}])
+@pytest.mark.parametrize(
+    "options", [{"groups": []}, {"lengths": []}, {"train_size": 0}, {"test_size": 0}, {"shares": {"names": 0}}]
+)
 def test_bad_sizes_are_refused(config, tokenizer, options):
     with pytest.raises(ValueError, match="needs a group, lengths"):
         Pictures(config, tokenizer, toy_pack(), **options)
