@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 import bridges
+from bridges.attention import LAYOUT_KWARG
 from recipes.data.task import Batch
 from recipes.errors import LossError
 from recipes.losses import hidden_state_loss, valid_tokens
@@ -54,9 +55,10 @@ class Trace:
     outputs: dict[int, Tensor] = field(default_factory=dict)
     losses: dict[int, Tensor] | None = field(default_factory=dict)
 
-    def compare(self, index: int, output: Tensor) -> None:
-        """Measure the student's output at a layer."""
-        loss = hidden_state_loss(output, self.outputs[index], self.valid)
+    def compare(self, index: int, output: Tensor, vision: Tensor | None = None) -> None:
+        """Measure the student's output at a layer; where ``vision`` [B, N] is given, of these tokens and text apart."""
+        kinds = (self.valid,) if vision is None else (self.valid & ~vision, self.valid & vision)
+        loss = hidden_state_loss(output, self.outputs[index], *kinds)
         if self.losses is not None:
             self.losses[index] = loss
 
@@ -146,12 +148,13 @@ class Alignment:
         attention = converted_attention(student)
         modules = attention if settings.at == "attention" else _layers_of(student, attention)
         for index, module in modules.items():
+            apart = settings.kinds == "apart"
             if settings.form == "chained":
-                after: _Chained = _Chained(index)
+                after: _Chained = _Chained(index, apart)
             elif own_stream:
-                after = _Beside(index)
+                after = _Beside(index, apart)
             else:
-                after = _Injected(index)
+                after = _Injected(index, apart)
                 self.handles.append(module.register_forward_pre_hook(after.swap_input, with_kwargs=True))
             self.handles.append(module.register_forward_hook(after, with_kwargs=True))
 
@@ -165,6 +168,7 @@ class _Chained:
     """Forward hook that compares a module's output."""
 
     index: int
+    apart: bool
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if (trace := kwargs.get(TRACE)) is not None:
@@ -174,7 +178,11 @@ class _Chained:
     def compare(
         self, trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        trace.compare(self.index, _first(output))
+        self.measure(trace, kwargs, output)
+
+    def measure(self, trace: Trace, kwargs: dict[str, Any], output: Any) -> None:
+        layout = kwargs.get(LAYOUT_KWARG) if self.apart else None
+        trace.compare(self.index, _first(output), None if layout is None else layout.vision)
 
 
 class _Injected(_Chained):
@@ -189,7 +197,7 @@ class _Injected(_Chained):
     def compare(
         self, trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        trace.compare(self.index, _first(output))
+        self.measure(trace, kwargs, output)
         return trace.outputs[self.index], *output[1:]
 
 
@@ -200,7 +208,7 @@ class _Beside(_Chained):
         self, trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         args, kwargs = _with_input(args, kwargs, trace.inputs[self.index])
-        trace.compare(self.index, _first(module.forward(*args, **kwargs)))
+        self.measure(trace, kwargs, module.forward(*args, **kwargs))
 
 
 def _layers_of(model: nn.Module, attention: Mapping[int, nn.Module]) -> dict[int, nn.Module]:

@@ -17,23 +17,27 @@ LOGITS = 2**27
 """Numbers of logits that exist at a time, where no chunk is given: 512 MiB in fp32."""
 
 
-def hidden_state_loss(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-    """Squared distance as a fraction of the teacher's size: Σ‖s - t‖² / Σ‖t‖², over valid tokens.
+def hidden_state_loss(student: Tensor, teacher: Tensor, *kinds: Tensor) -> Tensor:
+    """Squared distance as a fraction of the teacher's size: Σ‖s - t‖² / Σ‖t‖² over tokens.
 
     1 is what an output of zero would give, whatever the scale of the layer.
 
     Args:
         student: [B, N, D].
         teacher: [B, N, D].
-        valid: bool [B, N]; what stands elsewhere is not read.
+        kinds: bool [B, N] each: the tokens of one kind, of which no token has two. The loss is the mean over the
+            kinds that there are. What stands elsewhere is not read.
 
     Returns:
-        fp32 scalar; 0 if no token is valid.
+        fp32 scalar; 0 if no token is of any kind.
     """
-    outside = ~valid[..., None]
+    members = torch.stack(kinds)
+    outside = ~members.any(0)[..., None]
     target = teacher.float().masked_fill(outside, 0)
     error = student.float().masked_fill(outside, 0) - target
-    return error.square().sum() / target.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    distance, size = ((t.square().sum(-1) * members).flatten(1).sum(1) for t in (error, target))
+    parts = distance / size.clamp_min(torch.finfo(torch.float32).tiny)
+    return parts.sum() / members.flatten(1).any(1).sum().clamp_min(1)
 
 
 def token_kd(

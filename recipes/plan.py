@@ -156,11 +156,14 @@ class HiddenStates(Weighted):
             ``chained``: each gets what the student's layers before it made.
         at: What is compared: outputs of the ``attention`` modules, or of whole decoder ``layer``s
             (chained only).
+        kinds: Whether text and vision tokens are averaged ``together``, or each kind ``apart`` and then the two of
+            them: the text that reads a long video is a small part of its row.
     """
 
     term: ClassVar[str] = "hidden_states"
     form: Literal["injected", "chained"] = "injected"
     at: Literal["attention", "layer"] = "attention"
+    kinds: Literal["together", "apart"] = "together"
 
     @model_validator(mode="after")
     def _check_form(self) -> HiddenStates:

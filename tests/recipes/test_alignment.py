@@ -106,6 +106,51 @@ def test_the_stream_is_the_teachers_or_the_students_own(kind):
         torch.testing.assert_close(logits[valid], wanted[valid], rtol=1e-4, atol=1e-5)
 
 
+def outputs(modules, run):
+    """What modules gave while ``run`` ran."""
+    found = {}
+    hooks = [
+        m.register_forward_hook(lambda m, a, out, i=i: found.update({i: out[0]})) for i, m in modules.items()
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_kinds_apart_are_averaged_each_by_itself():
+    teacher, student = pair("qwen")
+    inputs = batch("qwen")
+    inputs.pop("labels")
+    valid, vision = valid_tokens(inputs), inputs["input_ids"] == teacher.config.image_token_id
+    assert vision.any()
+    assert (valid & ~vision).any()
+    theirs, own = (
+        outputs(bridges.attention_layers(model), lambda model=model: model(**inputs, use_cache=False))
+        for model in (teacher, student)
+    )
+    settings = HiddenStates(form="chained", kinds="apart")
+    recorder, alignment = TeacherTrace(teacher, student, settings), Alignment(student, settings, True)
+    trace = recorder(inputs)
+    student(**inputs, use_cache=False, **{TRACE: trace})
+    for index, loss in trace.losses.items():
+        apart = [hidden_state_loss(own[index], theirs[index], kind) for kind in (valid & ~vision, vision)]
+        torch.testing.assert_close(loss, sum(apart) / 2)
+        assert not torch.isclose(*apart, rtol=1e-3)
+    alignment.close()
+    recorder.close()
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_kinds_apart_reach_every_form_and_change_nothing_where_there_is_one_kind(form, monkeypatch):
+    together = {kind: align(kind, form)[0] for kind in MODELS}
+    settings, own_stream = FORMS[form]
+    monkeypatch.setitem(FORMS, form, (settings.model_copy(update={"kinds": "apart"}), own_stream))
+    for kind, losses in together.items():
+        apart, _, _ = align(kind, form)
+        assert all((apart[layer] == losses[layer]) == (kind == "llama") for layer in losses)
+
+
 @pytest.mark.parametrize("form", ["injected", "beside"])
 def test_injected_layers_learn_independently(form):
     """The gradient of a layer's mixer does not change with what the other layers' mixers are."""

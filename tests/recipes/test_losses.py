@@ -138,6 +138,19 @@ def test_hidden_state_loss_is_a_fraction_of_the_teachers_size():
     assert float(hidden_state_loss(torch.zeros_like(teacher), teacher, valid)) == pytest.approx(1)
 
 
+def test_hidden_state_loss_of_several_kinds_is_the_mean_over_those_that_are_there():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 2, 5, DIM, generator=generator)
+    teacher[0] *= 100  # the kind that would drown the other
+    kinds = torch.zeros(3, 2, 5, dtype=torch.bool)
+    kinds[0, 0], kinds[1, 1, :3] = True, True
+    apart = [hidden_state_loss(student, teacher, kind) for kind in kinds[:2]]
+    assert float(apart[0]) < 0.9 * float(apart[1])
+    torch.testing.assert_close(hidden_state_loss(student, teacher, *kinds), sum(apart) / 2)
+    torch.testing.assert_close(hidden_state_loss(student, teacher, kinds[0], kinds[2]), apart[0])
+    assert hidden_state_loss(student, teacher, kinds[2], kinds[2]) == 0
+
+
 def test_hidden_state_loss_does_not_read_padding():
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 1, 4, DIM, generator=generator)

@@ -53,13 +53,20 @@ def short(items):
 
 def test_a_share_gives_a_group_more_questions_of_training_and_changes_no_others(task):
     shared = toy_task(
-        lengths=LENGTHS, test_lengths=TEST_LENGTHS, train_size=70, test_size=42, shares={"reading": 3, "needle": 2}
+        lengths=LENGTHS,
+        test_lengths=TEST_LENGTHS,
+        train_size=70,
+        test_size=42,
+        shares={"reading": 3, "needle": 2},
     )
     counts = Counter(item["category"] for item in shared.train)
-    assert counts["reading"] == 210 and counts["needle 256"] == counts["needle 512"] == 140
-    assert counts["names"] == counts["slideshow 512"] == 70 and len(shared.train.sizes) == len(shared.train)
+    assert counts["reading"] == 210
+    assert counts["needle 256"] == counts["needle 512"] == 140
+    assert counts["names"] == counts["slideshow 512"] == 70
+    assert len(shared.train.sizes) == len(shared.train)
     before, now = asked(task.train, "reading"), asked(shared.train, "reading")
-    assert now[:70] == before and len({str(question) for question in now}) > 2 * len(set(map(str, before)))
+    assert now[:70] == before
+    assert len({str(question) for question in now}) > 2 * len(set(map(str, before)))
     assert list(shared.test) == list(task.test)
 
 
@@ -325,7 +332,8 @@ def test_unknown_groups_and_options_are_refused_with_near_names(config, tokenize
 
 
 @pytest.mark.parametrize(
-    "options", [{"groups": []}, {"lengths": []}, {"train_size": 0}, {"test_size": 0}, {"shares": {"names": 0}}]
+    "options",
+    [{"groups": []}, {"lengths": []}, {"train_size": 0}, {"test_size": 0}, {"shares": {"names": 0}}],
 )
 def test_bad_sizes_are_refused(config, tokenizer, options):
     with pytest.raises(ValueError, match="needs a group, lengths"):
