@@ -28,8 +28,9 @@ class Mamba2Config(MixerConfig):
         memory: Tokens after which the first and the last head have forgotten all but 1/e of what they read, before
             training; the others are log-spaced between.
         conv_size: Taps of the short convolution on C, B and X; 0 leaves it out.
-        feature_map: What is done to C and B: ``"none"``; ``"softmax"``, a learned map then softmax
-            of both signs, which doubles the state (Hedgehog, arXiv 2402.04347); ``"l2"`` norm.
+        feature_map: What is done to C and B: ``"none"``; ``"softmax"``, a learned map to R features then softmax
+            of both signs, which makes the state 2·R wide (Hedgehog, arXiv 2402.04347); ``"l2"`` norm.
+        features: R of ``"softmax"``. More of them tell more things apart that were read. None: P.
         normalizer: ``"denominator"`` divides by the sum of weights (with ``"softmax"`` only),
             ``"rms"`` norms each head, ``"none"``.
         output_gate: Whether y is multiplied by silu of a projection of x.
@@ -41,6 +42,7 @@ class Mamba2Config(MixerConfig):
     memory: tuple[float, float] = MEMORY_TOKENS
     conv_size: int = 4
     feature_map: Literal["none", "softmax", "l2"] = "none"
+    features: int | None = None
     normalizer: Literal["none", "rms", "denominator"] = "rms"
     output_gate: bool = True
     rotary: bool = False
@@ -55,6 +57,11 @@ class Mamba2Config(MixerConfig):
             )
         if min(self.memory) <= 0:
             raise ConfigError(f"memory must be positive numbers of tokens, found {self.memory}.")
+        if self.features is not None and (self.features < 1 or self.feature_map != "softmax"):
+            raise ConfigError(
+                f"features must be positive, and go with feature_map='softmax'; found {self.features} with "
+                f"feature_map={self.feature_map!r}."
+            )
         if self.normalizer == "denominator" and self.feature_map != "softmax":
             raise ConfigError(
                 "normalizer 'denominator' needs weights that are not negative; use it with "
@@ -78,8 +85,7 @@ class Mamba2(TokenMixer):
             identity[:, -1] = 1
             self.conv_weight = nn.Parameter(identity)
         if config.feature_map == "softmax":
-            self.c_map = nn.Parameter(torch.eye(p).repeat(h, 1, 1))
-            self.b_map = nn.Parameter(torch.eye(p).repeat(g, 1, 1))
+            self.c_map, self.b_map = (nn.Parameter(_maps(n, p, config.features or p)) for n in (h, g))
         if config.normalizer == "rms":
             self.norm_weight = nn.Parameter(torch.full((h, p), 0.3))
         if config.output_gate:
@@ -146,7 +152,7 @@ class Mamba2(TokenMixer):
     ) -> MixerState:
         """Return ``ssd`` [B, E, K, P (+1)] in fp32 at least, and ``conv`` [B, taps - 1, (H + 2G)·P]."""
         cfg, h, g, p = self.config, self.num_heads, self.num_kv_heads, self.head_dim
-        width = 2 * p if cfg.feature_map == "softmax" else p
+        width = 2 * (cfg.features or p) if cfg.feature_map == "softmax" else p
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         shape = (batch_size, g if cfg.decay == "kv_head" else h, width, p + (cfg.normalizer == "denominator"))
         state = {"ssd": torch.zeros(shape, dtype=wide, device=device)}
@@ -218,3 +224,10 @@ class Mamba2(TokenMixer):
 
     def _gate(self, x: Tensor) -> Tensor | None:
         return self.gate_proj(x).unflatten(-1, (-1, self.head_dim)) if self.config.output_gate else None
+
+
+def _maps(heads: int, width: int, features: int) -> Tensor:
+    """Maps [heads, P, R] that begin with the identity; what R has beyond P is random."""
+    identity = torch.eye(width, features).expand(heads, -1, -1)[..., :width]
+    others = torch.randn(heads, width, max(features - width, 0)) * width**-0.5
+    return torch.cat([identity, others], dim=2)

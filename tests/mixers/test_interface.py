@@ -102,6 +102,8 @@ def test_bad_configs(name: str, fields: dict[str, Any], message: str) -> None:
         ("mamba2", {"chunk_size": 0}, "chunk_size"),
         ("mamba2", {"feature_map": "relu"}, "feature_map"),
         ("mamba2", {"normalizer": "denominator"}, "softmax"),
+        ("mamba2", {"features": 128}, "go with feature_map='softmax'"),
+        ("flex_ma", {"features": 0}, "features must be positive"),
         ("flex_ma", {"feature_map": "none"}, "softmax"),
         ("bimamba2", {"scan": "raters"}, "raters"),
         ("gated", {}, "branches"),

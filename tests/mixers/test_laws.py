@@ -24,6 +24,7 @@ BIDIRECTIONAL = [
     "bimamba2",
     "bimamba2-l2",
     "flex_ma",
+    "flex_ma-features",
     "swin3d",
     "swin3d-sinks",
     "swin3d-paper",

@@ -19,7 +19,9 @@ from tests.mixers.zoo import TINY, random_rotary, tiny
 WITH_CONV = ["mamba2", "bimamba2", "flex_ma"]
 
 
-@pytest.mark.parametrize("variant", ["mamba2", "mamba2-head-decay", "bimamba2", "bimamba2-l2", "flex_ma"])
+@pytest.mark.parametrize(
+    "variant", ["mamba2", "mamba2-head-decay", "bimamba2", "bimamba2-l2", "flex_ma", "flex_ma-features"]
+)
 @given(rows=rows(max_batch=2), layer=st.integers(0, 3))
 def test_is_the_dense_sums(variant: str, rows: Rows, layer: int) -> None:
     """The whole block, written out: convolution, rotary, feature map, sums, skip, norm, gate."""

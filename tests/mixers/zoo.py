@@ -24,6 +24,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bimamba2": ("bimamba2", SSD),
     "bimamba2-l2": ("bimamba2", {**SSD, "feature_map": "l2", "scan": "rms", "decay": "head"}),
     "flex_ma": ("flex_ma", SSD),
+    "flex_ma-features": ("flex_ma", {**SSD, "features": 13}),
     "swin3d": ("swin3d", {**WINDOWS, "softcap": 2.0}),
     "swin3d-sinks": ("swin3d", {**WINDOWS, "text_window": 3, "sinks": 2}),
     "swin3d-paper": ("swin3d", {**WINDOWS, "text_window": 0}),

@@ -12,8 +12,8 @@ feature_map = Op("feature_map")
 
 
 def _unsupported(x: Tensor, weight: Tensor) -> str | None:
-    if x.shape[-1] > 128:
-        return f"it takes heads of at most 128, found {x.shape[-1]}"
+    if max(x.shape[-1], weight.shape[-1]) > 128:
+        return f"it takes heads and features of at most 128, found {x.shape[-1]} and {weight.shape[-1]}"
     return triton_support.off_device(x, weight)
 
 

@@ -16,10 +16,10 @@ def feature_map(x: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         x: [B, N, H, P].
-        weight: [H, P, P].
+        weight: [H, P, R].
 
     Returns:
-        [B, N, H, 2P] in x's dtype; each half sums to 1.
+        [B, N, H, 2R] in x's dtype; each half sums to 1.
 
     Raises:
         ShapeError: The shapes do not fit each other.
@@ -33,8 +33,8 @@ def feature_map(x: Tensor, weight: Tensor) -> Tensor:
 
 def check(x: Tensor, weight: Tensor) -> None:
     """Raise ShapeError unless the arguments of :func:`feature_map` fit each other."""
-    heads, width = x.shape[2:]
-    if weight.shape != (heads, width, width):
+    if weight.ndim != 3 or weight.shape[:2] != x.shape[2:]:
         raise ShapeError(
-            f"weight must be [H, P, P] = {[heads, width, width]} for x {list(x.shape)}, found {list(weight.shape)}."
+            f"weight must be [H, P, R] with [H, P] = {list(x.shape[2:])} for x {list(x.shape)}, found "
+            f"{list(weight.shape)}."
         )

@@ -24,8 +24,9 @@ def feature_map(x: Tensor, weight: Tensor) -> Tensor:
 @torch.library.custom_op("linmu::feature_map", mutates_args=())
 def _feature_map(x: Tensor, weight: Tensor) -> Tensor:
     batch, length, heads, width = x.shape
-    y = torch.empty((batch, length, heads, 2 * width), dtype=x.dtype, device=x.device)
-    config = _config(x, backward=False)
+    features = weight.shape[2]
+    y = torch.empty((batch, length, heads, 2 * features), dtype=x.dtype, device=x.device)
+    config = _config(x, features, backward=False)
     with triton_support.on_device(x):
         _forward[(triton.cdiv(batch * length, config["BLOCK_N"]) * heads,)](
             x,
@@ -35,6 +36,7 @@ def _feature_map(x: Tensor, weight: Tensor) -> Tensor:
             length,
             heads,
             width,
+            features,
             *leading(x),
             DOT=triton_support.dot_type(x.dtype),
             **config,
@@ -44,21 +46,22 @@ def _feature_map(x: Tensor, weight: Tensor) -> Tensor:
 
 @_feature_map.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:3], 2 * x.shape[3]))
+    return x.new_empty((*x.shape[:3], 2 * weight.shape[2]))
 
 
 @torch.library.custom_op("linmu::feature_map_backward", mutates_args=())
 def _feature_map_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, heads, width = x.shape
-    config = _config(x, backward=True)
+    features = weight.shape[2]
+    config = _config(x, features, backward=True)
     tiles = triton.cdiv(batch * length, config["BLOCK_N"])
     spans = min(triton.cdiv(tiles, 4), triton.cdiv(PROGRAMS, heads))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    partial = torch.empty((spans, heads, width, width), dtype=torch.float32, device=x.device)
+    partial = torch.empty((spans, heads, width, features), dtype=torch.float32, device=x.device)
     with triton_support.on_device(x):
         _backward[(spans * heads,)](
             dy, x, weight, dx, partial,
-            batch * length, length, heads, width, triton.cdiv(tiles, max(spans, 1)),
+            batch * length, length, heads, width, features, triton.cdiv(tiles, max(spans, 1)),
             *leading(dy), *leading(x), DOT=triton_support.dot_type(x.dtype), **config,
         )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
@@ -80,15 +83,15 @@ def _differentiate(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
 _feature_map.register_autograd(_differentiate, setup_context=_save)
 
 
-def _config(x: Tensor, backward: bool) -> dict[str, int]:
-    """Tokens of a tile, padded head, warps: what registers hold of the tile, and of the weight's gradient."""
-    p2 = max(triton.next_power_of_2(x.shape[3]), 16)
+def _config(x: Tensor, features: int, backward: bool) -> dict[str, int]:
+    """Tokens of a tile, padded widths, warps: what registers hold of the tile, and of the weight's gradient."""
+    p2, r2 = (max(triton.next_power_of_2(width), 16) for width in (x.shape[3], features))
     narrow = x.dtype.itemsize == 2
     if backward:
-        block_n, warps = (32, 8) if narrow else (16, 16 if p2 > 64 else 8)
+        block_n, warps = (32, 8) if narrow else (16, 16 if max(p2, r2) > 64 else 8)
     else:
         block_n, warps = (64, 4) if narrow else (32, 8)
-    return {"BLOCK_N": block_n, "P2": p2, "num_warps": warps, "num_stages": 1}
+    return {"BLOCK_N": block_n, "P2": p2, "R2": r2, "num_warps": warps, "num_stages": 1}
 
 
 @triton.jit
@@ -104,53 +107,53 @@ def _softmaxes(t, real):
 
 @triton.jit
 def _forward(
-    x, weight, y, TOKENS, N, H, P, stride_b, stride_n, stride_h,
-    DOT: tl.constexpr, BLOCK_N: tl.constexpr, P2: tl.constexpr,
+    x, weight, y, TOKENS, N, H, P, R, stride_b, stride_n, stride_h,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, P2: tl.constexpr, R2: tl.constexpr,
 ):  # fmt: skip
     """A program a tile of tokens and a head."""
     head = tl.program_id(0) % H
     token = tl.program_id(0) // H * BLOCK_N + tl.arange(0, BLOCK_N)
-    k, p = tl.arange(0, P2), tl.arange(0, P2)
-    live, real = (token < TOKENS)[:, None], (p < P)[None, :]
+    p, r = tl.arange(0, P2), tl.arange(0, R2)
+    live, real = (token < TOKENS)[:, None], (r < R)[None, :]
     at = (token // N).to(tl.int64) * stride_b + (token % N).to(tl.int64) * stride_n + head * stride_h
-    value = tl.load(x + at[:, None] + k[None, :], mask=live & real, other=0).to(DOT)
-    at = weight + (head * P + k[:, None]) * P + p[None, :]
-    mapped = tl.dot(value, tl.load(at, mask=(k < P)[:, None] & real, other=0).to(DOT), input_precision="ieee")
+    value = tl.load(x + at[:, None] + p[None, :], mask=live & (p < P)[None, :], other=0).to(DOT)
+    at = weight + (head * P + p[:, None]) * R + r[None, :]
+    mapped = tl.dot(value, tl.load(at, mask=(p < P)[:, None] & real, other=0).to(DOT), input_precision="ieee")
     high, low = _softmaxes(mapped, real)
-    at = y + (token.to(tl.int64) * H + head)[:, None] * (2 * P) + p[None, :]
+    at = y + (token.to(tl.int64) * H + head)[:, None] * (2 * R) + r[None, :]
     tl.store(at, high.to(y.dtype.element_ty), mask=live & real)
-    tl.store(at + P, low.to(y.dtype.element_ty), mask=live & real)
+    tl.store(at + R, low.to(y.dtype.element_ty), mask=live & real)
 
 
 @triton.jit
 def _backward(
-    dy, x, weight, dx, partial, TOKENS, N, H, P, TILES,
+    dy, x, weight, dx, partial, TOKENS, N, H, P, R, TILES,
     stride_yb, stride_yn, stride_yh, stride_b, stride_n, stride_h,
-    DOT: tl.constexpr, BLOCK_N: tl.constexpr, P2: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, P2: tl.constexpr, R2: tl.constexpr,
 ):  # fmt: skip
     """A program a head and a span of tiles, over which it sums the weight's gradient."""
     head, span = tl.program_id(0) % H, tl.program_id(0) // H
-    k, p = tl.arange(0, P2), tl.arange(0, P2)
-    real = (p < P)[None, :]
-    square = (head * P + k[:, None]) * P + p[None, :]
-    matrix = tl.load(weight + square, mask=(k < P)[:, None] & real, other=0).to(DOT)
-    dmatrix = tl.zeros((P2, P2), tl.float32)
+    p, r = tl.arange(0, P2), tl.arange(0, R2)
+    own, real = (p < P)[None, :], (r < R)[None, :]
+    square = (head * P + p[:, None]) * R + r[None, :]
+    matrix = tl.load(weight + square, mask=(p < P)[:, None] & real, other=0).to(DOT)
+    dmatrix = tl.zeros((P2, R2), tl.float32)
     for tile in range(span * TILES, tl.minimum(span * TILES + TILES, tl.cdiv(TOKENS, BLOCK_N))):
         token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (token < TOKENS)[:, None] & real
+        live = (token < TOKENS)[:, None]
         row, place = (token // N).to(tl.int64), (token % N).to(tl.int64)
         at = row * stride_b + place * stride_n + head * stride_h
-        value = tl.load(x + at[:, None] + k[None, :], mask=inside, other=0).to(DOT)
+        value = tl.load(x + at[:, None] + p[None, :], mask=live & own, other=0).to(DOT)
         high, low = _softmaxes(tl.dot(value, matrix, input_precision="ieee"), real)
-        at = dy + (row * stride_yb + place * stride_yn + head * stride_yh)[:, None] + p[None, :]
-        grad = tl.load(at, mask=inside, other=0).to(tl.float32)
+        at = dy + (row * stride_yb + place * stride_yn + head * stride_yh)[:, None] + r[None, :]
+        grad = tl.load(at, mask=live & real, other=0).to(tl.float32)
         total = high * (grad - tl.sum(grad * high, 1)[:, None])
-        grad = tl.load(at + P, mask=inside, other=0).to(tl.float32)
+        grad = tl.load(at + R, mask=live & real, other=0).to(tl.float32)
         total -= low * (grad - tl.sum(grad * low, 1)[:, None])
         narrow = total.to(DOT)
         dmatrix = tl.dot(tl.trans(value), narrow, dmatrix, input_precision="ieee")
         found = tl.dot(narrow, tl.trans(matrix), input_precision="ieee")
         at = dx + (token.to(tl.int64) * H + head)[:, None] * P + p[None, :]
-        tl.store(at, found.to(dx.dtype.element_ty), mask=inside)
-    at = partial + span.to(tl.int64) * H * P * P + square
-    tl.store(at, dmatrix, mask=(k < P)[:, None] & real)
+        tl.store(at, found.to(dx.dtype.element_ty), mask=live & own)
+    at = partial + span.to(tl.int64) * H * P * R + square
+    tl.store(at, dmatrix, mask=(p < P)[:, None] & real)

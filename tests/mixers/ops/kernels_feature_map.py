@@ -12,13 +12,13 @@ from mixers.ops.feature_map.triton import feature_map
 
 def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for width in (128, 64, 32):
-            yield f"feature_map {dtype} {width}", call(dtype, width)
+        for width, features in ((128, 128), (64, 64), (64, 128), (32, 32)):
+            yield f"feature_map {dtype} {width} to {features}", call(dtype, width, features)
 
 
-def call(dtype: torch.dtype, width: int) -> Callable[[], None]:
+def call(dtype: torch.dtype, width: int, features: int) -> Callable[[], None]:
     def run() -> None:
         x = torch.zeros(1, 80, 28, width, dtype=dtype, requires_grad=True)
-        feature_map(x, torch.zeros(28, width, width, dtype=dtype)).sum().backward()
+        feature_map(x, torch.zeros(28, width, features, dtype=dtype)).sum().backward()
 
     return run

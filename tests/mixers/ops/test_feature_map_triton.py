@@ -25,12 +25,14 @@ def differentiated(backend: str, x: Tensor, weight: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, [x, weight], weigh.to(y))]
 
 
-def draw(batch: int, length: int, heads: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A slice of a wider tensor, and maps not far from the identity."""
+def draw(
+    batch: int, length: int, heads: int, width: int, dtype: torch.dtype, features: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """A slice of a wider tensor, and maps not far from the identity; to as many features as the head is wide."""
     torch.manual_seed(0)
     x = torch.randn(batch, length, heads, width + 8, device=DEVICE).to(dtype)[..., 8:]
-    noise = torch.randn(heads, width, width, device=DEVICE) / width**0.5
-    return x, (torch.eye(width, device=DEVICE) + noise).to(dtype)
+    noise = torch.randn(heads, width, features or width, device=DEVICE) / width**0.5
+    return x, (torch.eye(width, features or width, device=DEVICE) + noise).to(dtype)
 
 
 def check(x: Tensor, weight: Tensor, tolerance: float) -> None:
@@ -42,9 +44,9 @@ def check(x: Tensor, weight: Tensor, tolerance: float) -> None:
 
 
 @settings(max_examples=5)
-@given(length=st.integers(1, 90), width=st.sampled_from([8, 24]))
-def test_equals_the_reference(length: int, width: int) -> None:
-    check(*draw(2, length, 3, width, torch.float32), 1e-5)
+@given(length=st.integers(1, 90), width=st.sampled_from([8, 24]), features=st.sampled_from([6, 24, 40]))
+def test_equals_the_reference(length: int, width: int, features: int) -> None:
+    check(*draw(2, length, 3, width, torch.float32, features), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -83,6 +85,13 @@ def test_compiles_without_a_break() -> None:
 @pytest.mark.parametrize("heads", [4, 28])
 def test_at_size(dtype: torch.dtype, width: int, heads: int) -> None:
     check(*draw(2, 5_003, heads, width, dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("width", "features"), [(64, 128), (128, 64), (32, 128), (24, 40)])
+def test_features_at_size(dtype: torch.dtype, width: int, features: int) -> None:
+    check(*draw(2, 5_003, 9, width, dtype, features), TOLERANCE[dtype])
 
 
 @pytest.mark.gpu
