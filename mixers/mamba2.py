@@ -227,7 +227,8 @@ class Mamba2(TokenMixer):
 
 
 def _maps(heads: int, width: int, features: int) -> Tensor:
-    """Maps [heads, P, R] that begin with the identity; what R has beyond P is random."""
-    identity = torch.eye(width, features).expand(heads, -1, -1)[..., :width]
-    others = torch.randn(heads, width, max(features - width, 0)) * width**-0.5
-    return torch.cat([identity, others], dim=2)
+    """Maps [heads, P, R]: the identity, and beside it, where R is more than P, random rotations."""
+    identity = torch.eye(width).expand(heads, 1, -1, -1)
+    others = torch.randn(heads, -(-features // width) - 1, width, width, dtype=torch.float32)
+    rotations = torch.linalg.qr(others)[0].to(identity.dtype)  # not in 16 bits, which may be the default type
+    return torch.cat([identity, rotations], dim=1).transpose(1, 2).flatten(2)[..., :features].contiguous()

@@ -121,3 +121,26 @@ def test_flex_ma_is_bimamba2_with_its_settings() -> None:
     bi.load_state_dict(flex.state_dict())
     layout, x = TokenLayout.from_grids(20, [[(1, (2, 3, 3))]]), torch.randn(1, 20, 24)
     assert torch.equal(flex(x, layout), bi(x, layout))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_begin_with_the_head_and_go_on_with_rotations_of_it(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        mixer = mixers.build("flex_ma", **TINY, features=20)
+    finally:
+        torch.set_default_dtype(before)
+    for maps, heads in ((mixer.c_map, 4), (mixer.b_map, 2)):
+        assert maps.shape == (heads, 8, 20)
+        assert maps.dtype == dtype
+        first, second, third = (t.double() for t in maps.split([8, 8, 4], dim=2))
+        unit = torch.eye(8, dtype=torch.float64).expand_as(first)
+        assert torch.equal(first, unit)
+        assert_close("rotation", unit, second.mT @ second, 1e-2 if dtype == torch.bfloat16 else 1e-6)
+        assert_close(
+            "part of one", unit[:, :4, :4], third.mT @ third, 1e-2 if dtype == torch.bfloat16 else 1e-6
+        )
+    assert mixers.build("flex_ma", **TINY, features=5).c_map.shape == (4, 8, 5)
+    with torch.device("meta"):
+        assert mixers.build("flex_ma", **TINY, features=20).b_map.shape == (2, 8, 20)
