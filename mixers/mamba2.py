@@ -228,7 +228,8 @@ class Mamba2(TokenMixer):
 
 def _maps(heads: int, width: int, features: int) -> Tensor:
     """Maps [heads, P, R]: the identity, and beside it, where R is more than P, random rotations."""
-    identity = torch.eye(width).expand(heads, 1, -1, -1)
-    others = torch.randn(heads, -(-features // width) - 1, width, width, dtype=torch.float32)
-    rotations = torch.linalg.qr(others)[0].to(identity.dtype)  # not in 16 bits, which may be the default type
-    return torch.cat([identity, rotations], dim=1).transpose(1, 2).flatten(2)[..., :features].contiguous()
+    maps = torch.eye(width, features).repeat(heads, 1, 1)
+    for start in range(width, features, width):
+        wide = torch.randn(heads, width, width, dtype=torch.float32)  # qr knows no 16 bits
+        maps[..., start : start + width] = torch.linalg.qr(wide)[0][..., : features - start]
+    return maps
