@@ -31,13 +31,15 @@ def hidden_state_loss(student: Tensor, teacher: Tensor, *kinds: Tensor) -> Tenso
     Returns:
         fp32 scalar; 0 if no token is of any kind.
     """
-    members = torch.stack(kinds)
-    outside = ~members.any(0)[..., None]
+    parts = torch.stack([_relative_distance(student, teacher, kind) for kind in kinds])
+    return parts.sum() / torch.stack([kind.any() for kind in kinds]).sum().clamp_min(1)
+
+
+def _relative_distance(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
+    outside = ~tokens[..., None]
     target = teacher.float().masked_fill(outside, 0)
     error = student.float().masked_fill(outside, 0) - target
-    distance, size = ((t.square().sum(-1) * members).flatten(1).sum(1) for t in (error, target))
-    parts = distance / size.clamp_min(torch.finfo(torch.float32).tiny)
-    return parts.sum() / members.flatten(1).any(1).sum().clamp_min(1)
+    return error.square().sum() / target.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def token_kd(
