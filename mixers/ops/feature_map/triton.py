@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixers.ops import triton_support
+from mixers.ops.eager import custom_op
 from mixers.ops.feature_map.reference import check
 from mixers.ops.strides import leading, rows
 
@@ -21,7 +22,7 @@ def feature_map(x: Tensor, weight: Tensor) -> Tensor:
     return _feature_map(rows(x), weight.contiguous())
 
 
-@torch.library.custom_op("linmu::feature_map", mutates_args=())
+@custom_op("linmu::feature_map")
 def _feature_map(x: Tensor, weight: Tensor) -> Tensor:
     batch, length, heads, width = x.shape
     features = weight.shape[2]
@@ -49,7 +50,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:3], 2 * weight.shape[2]))
 
 
-@torch.library.custom_op("linmu::feature_map_backward", mutates_args=())
+@custom_op("linmu::feature_map_backward")
 def _feature_map_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, heads, width = x.shape
     features = weight.shape[2]

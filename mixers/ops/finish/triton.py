@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixers.ops import triton_support
+from mixers.ops.eager import custom_op
 from mixers.ops.finish.reference import check
 from mixers.ops.strides import leading, rows
 
@@ -29,7 +30,7 @@ def finish(
     return _finish(y, v, skip.contiguous(), norm_weight, gate, norm_eps)
 
 
-@torch.library.custom_op("linmu::finish", mutates_args=())
+@custom_op("linmu::finish")
 def _finish(
     y: Tensor, v: Tensor, skip: Tensor, norm_weight: Tensor | None, gate: Tensor | None, eps: float
 ) -> Tensor:
@@ -54,7 +55,7 @@ def _(
     return torch.empty(y.shape, dtype=y.dtype, device=y.device)
 
 
-@torch.library.custom_op("linmu::finish_backward", mutates_args=())
+@custom_op("linmu::finish_backward")
 def _finish_backward(
     dout: Tensor,
     y: Tensor,
@@ -106,9 +107,9 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _differentiate(ctx, dout: Tensor):  # type: ignore[no-untyped-def]
-    *_, norm_weight, gate = ctx.saved_tensors
-    dout = rows(dout)
-    dy, dv, dskip, dweight, dgate = _finish_backward(dout, *ctx.saved_tensors, ctx.eps)
+    tensors = ctx.saved_tensors  # read once: checkpointing recomputes what is read
+    *_, norm_weight, gate = tensors
+    dy, dv, dskip, dweight, dgate = _finish_backward(rows(dout), *tensors, ctx.eps)
     return dy, dv, dskip, None if norm_weight is None else dweight, None if gate is None else dgate, None
 
 

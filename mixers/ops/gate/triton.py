@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixers.ops import triton_support
+from mixers.ops.eager import custom_op
 from mixers.ops.gate.reference import check
 from mixers.ops.strides import leading, rows
 
@@ -21,7 +22,7 @@ def weighted_sum(ys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     return _weighted_sum(first, second, *weights)
 
 
-@torch.library.custom_op("linmu::weighted_sum", mutates_args=())
+@custom_op("linmu::weighted_sum")
 def _weighted_sum(first: Tensor, second: Tensor, first_weight: Tensor, second_weight: Tensor) -> Tensor:
     y = torch.empty(first.shape, dtype=first.dtype, device=first.device)
     grid, config = _launch(first)
@@ -39,7 +40,7 @@ def _(first: Tensor, second: Tensor, first_weight: Tensor, second_weight: Tensor
     return torch.empty(first.shape, dtype=first.dtype, device=first.device)
 
 
-@torch.library.custom_op("linmu::weighted_sum_backward", mutates_args=())
+@custom_op("linmu::weighted_sum_backward")
 def _weighted_sum_backward(
     dy: Tensor, first: Tensor, second: Tensor, first_weight: Tensor, second_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

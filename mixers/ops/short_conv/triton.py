@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mixers.layout import Scan
 from mixers.ops import triton_support
+from mixers.ops.eager import custom_op
 from mixers.ops.short_conv.reference import check
 from mixers.ops.strides import leading, rows
 
@@ -27,7 +28,7 @@ def short_conv(
     return _short_conv(rows(x), weight.contiguous(), order, run, history)
 
 
-@torch.library.custom_op("linmu::short_conv", mutates_args=())
+@custom_op("linmu::short_conv")
 def _short_conv(
     x: Tensor, weight: Tensor, order: Tensor | None, run: Tensor | None, history: Tensor | None
 ) -> Tensor:
@@ -50,7 +51,7 @@ def _(x: Tensor, weight: Tensor, order: Tensor | None, run: Tensor | None, histo
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("linmu::short_conv_backward", mutates_args=())
+@custom_op("linmu::short_conv_backward")
 def _short_conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, order: Tensor | None, run: Tensor | None, history: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixers.blocks import Blocks
 from mixers.ops import triton_support
+from mixers.ops.eager import custom_op
 from mixers.ops.strides import rows
 from mixers.ops.window_attention import launch
 from mixers.ops.window_attention.backward import (
@@ -76,7 +77,7 @@ def block_attention(
     return y.to(dtype), torch.where(lse == INFINITY, -INFINITY, lse / LOG2E)
 
 
-@torch.library.custom_op("linmu::block_attention", mutates_args=())
+@custom_op("linmu::block_attention")
 def attention(
     q: Tensor,
     k: Tensor,
@@ -135,7 +136,7 @@ def _(q, k, v, tables, transposed, key_valid, cos, sin, idle, scale, cap, covere
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), _like_lse(q, transposed, with_lse)
 
 
-@torch.library.custom_op("linmu::block_attention_backward", mutates_args=())
+@custom_op("linmu::block_attention_backward")
 def attention_backward(
     dy: Tensor,
     q: Tensor,
@@ -201,10 +202,11 @@ def _(dy, q, k, v, y, lse, dlse, tables, transposed, key_valid, cos, sin, idle, 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, tables, transposed, key_valid, cos, sin, idle, *ctx.rest, ctx.with_lse = inputs
     ctx.counts = len(tables), len(transposed)
+    ctx.set_materialize_grads(ctx.with_lse)
     ctx.save_for_backward(q, k, v, *output, key_valid, cos, sin, idle, *tables, *transposed)
 
 
-def _differentiate(ctx: Any, dy: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dy: Tensor, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, y, lse, key_valid, cos, sin, idle, *tables = ctx.saved_tensors
     forward, back = ctx.counts
     joined = dlse if ctx.with_lse else None

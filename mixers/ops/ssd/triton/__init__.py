@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mixers.layout import Scan
+from mixers.ops.eager import custom_op
 from mixers.ops.finish import finish
 from mixers.ops.ssd.reference import Decay, check, finished
 from mixers.ops.ssd.triton.backward import scan_backward
@@ -66,7 +67,7 @@ def ssd(
     return y.to(x.dtype), state
 
 
-@torch.library.custom_op("linmu::ssd", mutates_args=())
+@custom_op("linmu::ssd")
 def _ssd(
     c: Tensor,
     b: Tensor,
@@ -99,7 +100,7 @@ def _(c: Tensor, b: Tensor, x: Tensor, decays: Sequence[Tensor], *rest: Any) -> 
     )
 
 
-@torch.library.custom_op("linmu::ssd_backward", mutates_args=())
+@custom_op("linmu::ssd_backward")
 def _ssd_backward(
     c: Tensor,
     b: Tensor,
