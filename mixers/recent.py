@@ -10,9 +10,9 @@ from torch import Tensor
 from mixers.blocks import Blocks
 from mixers.interface import MixerState, Rotary
 from mixers.layout import Grid, TokenLayout
-from mixers.ops import block_attention
+from mixers.ops import block_attention, join_sinks
 from mixers.rotary import apply_rotary
-from mixers.sinks import Sinks, find_sinks, init_sinks, join_sinks, prepare_sinks
+from mixers.sinks import Sinks, find_sinks, init_sinks, prepare_sinks
 from mixers.softmax import softmax_attention
 
 
@@ -140,7 +140,7 @@ def _attend(
     if sinks is None:
         return block_attention(q, k, v, blocks, scale=scale, **options)
     y, lse = block_attention(q, k, v, blocks, scale=scale, **options, with_lse=True)
-    return join_sinks(q, y, lse, sinks, layout.padding, scale=scale, softcap=softcap)
+    return join_sinks(q, y, lse, sinks.k, sinks.v, sinks.hidden, scale=scale, softcap=softcap)
 
 
 def _attend_from_one(

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from mixers.interface import MixerState
 from mixers.layout import TokenLayout
-from mixers.precision import without_autocast
-from mixers.softmax import capped
 
 
 @dataclass(frozen=True)
@@ -93,48 +91,6 @@ def prepare_sinks(
     _rows(layout, count)
     if not cached:
         hidden_sinks(layout, count=count, window=window, within_windows=within_windows)
-
-
-def join_sinks(
-    q: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    sinks: Sinks,
-    padding: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None = None,
-) -> Tensor:
-    """Let queries that have averaged some values look at their sinks too, as if in one softmax.
-
-    Args:
-        q: [B, N, H, P], rotated.
-        y: [B, N, H, P], the averages.
-        lse: [B, N, H], log Σ exp of their scores.
-        sinks: Of each token.
-        padding: bool [B, N], the tokens that have averaged nothing and have no sinks. None: all have some.
-        scale: Factor on query·key.
-        softcap: Bound of the scores. None: unbounded.
-    """
-    groups = sinks.k.shape[3]
-    wide = torch.promote_types(q.dtype, torch.float32)  # scores are large, and bf16 knows 256 of each size
-
-    def by_group(t: Tensor) -> Tensor:
-        return t.unflatten(2, (groups, -1)).transpose(1, 2)
-
-    # In the order in which einsum reads them, so that it need not copy them.
-    queries = by_group(q).to(wide, memory_format=torch.contiguous_format)
-    keys = sinks.k.permute(0, 3, 1, 2, 4).to(wide, memory_format=torch.contiguous_format)
-    with without_autocast(q.device):
-        scores = torch.einsum("bgnrp,bgnsp->bgnrs", queries, keys)
-    scores = capped(scores * scale, softcap).masked_fill(sinks.hidden[:, None, :, None], float("-inf"))
-    own = by_group(lse)[..., None]
-    if padding is not None:
-        own = own.masked_fill(padding[:, None, :, None, None], 0.0)
-    weights = torch.cat([own, scores], dim=-1).softmax(-1).to(y.dtype)
-    rest, others = weights.split([1, scores.shape[-1]], dim=-1)
-    added = torch.einsum("bgnrs,bnsgp->bgnrp", others, sinks.v.to(y.dtype))
-    return (by_group(y) * rest + added).transpose(1, 2).flatten(2, 3)
 
 
 def init_sinks(

@@ -4,6 +4,7 @@ from mixers.ops.dispatch import backends, use_backend
 from mixers.ops.feature_map import feature_map
 from mixers.ops.finish import finish
 from mixers.ops.gate import weighted_sum
+from mixers.ops.join_sinks import join_sinks
 from mixers.ops.short_conv import short_conv
 from mixers.ops.ssd import ssd
 from mixers.ops.ssd_step import ssd_step
@@ -14,6 +15,7 @@ __all__ = [
     "block_attention",
     "feature_map",
     "finish",
+    "join_sinks",
     "short_conv",
     "ssd",
     "ssd_step",

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 import mixers
 from mixers import TokenLayout
 from mixers.decay import INITIAL_DT, MEMORY_TOKENS
+from mixers.mmate import SINKS
 from mixers.ops import (
     block_attention,
     feature_map,
     finish,
+    join_sinks,
     short_conv,
     ssd,
     ssd_step,
@@ -284,6 +286,19 @@ def _weighted_sum(problem: Problem) -> Inputs:
     return Inputs((ys, (share, 1 - share)), {})
 
 
+def _sinks(problem: Problem) -> Inputs:
+    s = problem.shapes
+    q = heads_of(problem, state=False)[0]
+    y, lse = problem.random(s.heads, s.head_dim, offset=6), problem.random(s.heads, offset=7, wide=True)
+    k, v = (problem.random(SINKS, s.kv_heads, s.head_dim, offset=offset)[:, :1] for offset in (8, 9))
+    hidden = problem.random(SINKS, offset=10) > 0
+    return Inputs((q, y, lse, k.clone(), v.clone()), {"hidden": hidden, "scale": s.head_dim**-0.5})
+
+
+def _sinks_products(problem: Problem) -> float:
+    return 4 * problem.shapes.heads * problem.shapes.head_dim * SINKS * problem.layout.length
+
+
 def _step(problem: Problem) -> Inputs:
     s = problem.shapes
     now = [t[:, 0] for t in heads_of(problem)]
@@ -394,6 +409,14 @@ CASES: dict[str, Case] = {
         _finish,
         ("y", "v", "skip"),
         lambda problem: 0.0,
+    ),
+    "sinks": Case(
+        join_sinks,
+        "four attention sinks beside what a window has averaged",
+        "text",
+        _sinks,
+        ("q", "y", "lse", "k", "v"),
+        _sinks_products,
     ),
     "weighted_sum": Case(
         weighted_sum,
