@@ -31,15 +31,29 @@ def hidden_state_loss(student: Tensor, teacher: Tensor, *kinds: Tensor) -> Tenso
     Returns:
         fp32 scalar; 0 if no token is of any kind.
     """
-    parts = torch.stack([_relative_distance(student, teacher, kind) for kind in kinds])
-    return parts.sum() / torch.stack([kind.any() for kind in kinds]).sum().clamp_min(1)
+    return _RelativeDistance.apply(student, teacher, torch.stack(kinds))
 
 
-def _relative_distance(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
-    outside = ~tokens[..., None]
-    target = teacher.float().masked_fill(outside, 0)
-    error = student.float().masked_fill(outside, 0) - target
-    return error.square().sum() / target.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+class _RelativeDistance(torch.autograd.Function):
+    """The mean over kinds [K, B, N] of relative distances; by hand, for autograd's way is twice as many kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, kinds: Tensor) -> Tensor:
+        wide = torch.promote_types(student.dtype, torch.float32)
+        error = student.to(wide) - teacher
+        by_token = torch.stack([torch.linalg.vector_norm(t, dim=-1, dtype=wide) for t in (error, teacher)])
+        errors, sizes = by_token.square()[:, None].masked_fill(~kinds, 0).sum((2, 3))
+        sizes = sizes.clamp_min(torch.finfo(wide).tiny)
+        if len(kinds) > 1:
+            sizes = sizes * kinds.flatten(1).any(1).sum().clamp_min(1)
+        ctx.save_for_backward(error, kinds, sizes)
+        return (errors / sizes).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        error, kinds, sizes = ctx.saved_tensors
+        weight = (kinds / sizes[:, None, None]).sum(0)[..., None] * (2 * upstream[0])
+        return (error * weight).masked_fill_(~kinds.any(0)[..., None], 0), None, None
 
 
 def token_kd(

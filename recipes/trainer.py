@@ -26,6 +26,7 @@ from recipes.batching import LikeSizes
 from recipes.checkpoint import load_parameters, read_tensors, seal, write_tensors
 from recipes.data.task import Batch
 from recipes.errors import CheckpointError, LaunchError, NonFiniteLossError
+from recipes.fused_norms import fused_norms
 from recipes.objective import MICRO_BATCHES, Counts, Objective, token_masks
 from recipes.plan import Stage
 
@@ -141,7 +142,7 @@ class DistillTrainer(Trainer):
             )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
-        self.stage, self.student = stage, model
+        self.stage, self.student, self.teacher = stage, model, teacher
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.objective: Objective = Objective(stage.losses, base, teacher, self.accelerator.autocast)
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
@@ -170,7 +171,8 @@ class DistillTrainer(Trainer):
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.args.device)
         try:
-            return super().train(resume_from_checkpoint=resume, **kwargs)
+            with fused_norms(self.student, self.teacher):
+                return super().train(resume_from_checkpoint=resume, **kwargs)
         finally:
             self.objective.close()
 
