@@ -111,6 +111,7 @@ def evaluate(
     *,
     limit: int | None = None,
     batch_size: int = 128,
+    batch_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Ask the questions of the task's test split and score the greedy answers.
@@ -120,16 +121,20 @@ def evaluate(
         task: What to ask and how to score it.
         limit: Ask so many questions, spread evenly over the split. None: all.
         batch_size: Left-padded prompts a batch.
+        batch_tokens: Most tokens of a batch, padding included, where the split knows the ``sizes`` of its items; one
+            prompt may have more. None: any number.
         progress: Told after each batch.
 
     Raises:
         EvaluationError: The split is empty or ``limit`` is not positive.
     """
     items = spread(task.test, limit, task.name)
+    sizes = getattr(task.test, "sizes", None)
+    sizes = [0] * len(items) if sizes is None else spread(sizes, limit, task.name)
     start = time.perf_counter()
     scores: list[float] = []
     with judged(model):
-        for chunk in batches(items, batch_size):
+        for chunk in _bounded(items, sizes, batch_size, batch_tokens):
             inputs = to_device(task.prompts(chunk), model.device)
             outputs = model.generate(  # type: ignore[operator]
                 **inputs, max_new_tokens=task.max_new_tokens, do_sample=False, num_beams=1
@@ -226,7 +231,7 @@ def predictions(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits, wanted.to(model.device)
 
 
-def spread(items: Sequence[Item], limit: int | None, name: str) -> list[Item]:
+def spread(items: Sequence[One], limit: int | None, name: str) -> list[One]:
     """Every k-th item, so that a part of a sorted split stands for the whole."""
     count = len(items) if limit is None else min(limit, len(items))
     if count < 1:
@@ -239,6 +244,21 @@ def spread(items: Sequence[Item], limit: int | None, name: str) -> list[Item]:
 def batches(items: Sequence[One], size: int) -> Iterator[Sequence[One]]:
     """Cut items into batches."""
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _bounded(
+    items: Sequence[One], sizes: Sequence[int], most: int, tokens: int | None
+) -> Iterator[list[One]]:
+    """Cut items into batches of at most ``most``, and of so many tokens at the size of the longest."""
+    batch: list[One] = []
+    longest = 0
+    for item, size in zip(items, sizes):
+        longest = max(longest, size)
+        if len(batch) == most or (batch and tokens is not None and (len(batch) + 1) * longest > tokens):
+            yield batch
+            batch, longest = [], size
+        batch.append(item)
+    yield batch
 
 
 @contextlib.contextmanager

@@ -50,6 +50,8 @@ LAYERS = r"language_model\.layers\."
 DECODER = LAYERS + r"\d+\.(self_attn|mlp)\..+_proj$"
 FOREVER = 10**6
 """Steps of a training that time ends."""
+JUDGED = 48_000
+"""Tokens of a batch of questions, where nothing else is asked for: videos are hundreds of times as long as images."""
 
 
 def training_stage(
@@ -284,7 +286,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps({"captions": len(captioned), "losses": losses[::50]}), flush=True)
         run = {"seed": options.seed, "workers": options.workers, "minutes": options.minutes}
         train(model, tokenizer, task, stage, options.out, callbacks=[_Printed()], **run)
-    judged = evaluate(model, task, limit=options.questions, batch_size=options.batch_size)
+    judged = evaluate(
+        model,
+        task,
+        limit=options.questions,
+        batch_size=options.batch_size,
+        batch_tokens=options.batch_tokens or JUDGED,
+    )
     print(json.dumps({"accuracy": judged.accuracy, "questions": judged.questions, "groups": judged.rows()}))
 
 

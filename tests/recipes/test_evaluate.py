@@ -55,6 +55,24 @@ def test_a_limit_is_spread_over_the_split() -> None:
     assert evaluate(model, task, limit=99).questions == 12
 
 
+class Sized(list):
+    sizes = (3, 3, 3, 9, 9, 30, 2, 2, 2, 2, 2, 2)
+    """How many tokens each of twelve items has."""
+
+
+def test_tokens_bound_a_batch_where_the_sizes_of_items_are_known() -> None:
+    model = MODELS["llama"]()
+    task = riddles_that_the_model_solves("llama", model, wrong=3)
+    told: list[int] = []
+    arguments = {"batch_size": 4, "batch_tokens": 18, "progress": lambda done, _: told.append(done)}
+    assert evaluate(model, task, **arguments).questions == 12
+    assert told == [4, 8, 12]
+    told.clear()
+    task.test = Sized(task.test)
+    assert evaluate(model, task, **arguments).accuracy == 9 / 12
+    assert told == [3, 5, 6, 10, 12]
+
+
 def test_the_answer_is_the_group_where_there_is_no_category() -> None:
     model = MODELS["llama"]()
     task = riddles_that_the_model_solves("llama", model)
