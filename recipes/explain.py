@@ -47,6 +47,7 @@ class StageExplanation:
         frozen_parameters: Numbers of the student that stay as they are.
         losses: Loss → weight.
         steps: Optimiser steps.
+        minutes: How long it trains in place of them; None: as long as they take.
         rows_per_step: Rows of an optimiser step on one device, or at most so many.
         tokens_per_step: Its tokens at most, where they bound its rows; None elsewhere.
     """
@@ -60,8 +61,14 @@ class StageExplanation:
     frozen_parameters: int
     losses: dict[str, float]
     steps: int
+    minutes: float | None
     rows_per_step: int
     tokens_per_step: int | None
+
+    @property
+    def length(self) -> str:
+        """How long it trains, in words."""
+        return f"{self.steps} steps" if self.minutes is None else f"{self.minutes:g} minutes in steps"
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,7 @@ def _explain_stage(stage: Stage, student: nn.Module) -> StageExplanation:
         frozen_parameters=_count(student.parameters()) - _count(trained),
         losses=stage.losses.weights,
         steps=stage.steps,
+        minutes=stage.minutes,
         rows_per_step=stage.batch_size * stage.gradient_accumulation,
         tokens_per_step=stage.batch_tokens and stage.batch_tokens * stage.gradient_accumulation,
     )
@@ -171,7 +179,7 @@ def _table(number: int, stage: StageExplanation) -> Table:
     if stage.tokens_per_step is not None:
         rows = f"at most {rows} and {stage.tokens_per_step:,} tokens"
     table = Table(
-        title=f"Stage {number}, {stage.name}: {stage.steps} steps of {rows}; {active}",
+        title=f"Stage {number}, {stage.name}: {stage.length} of {rows}; {active}",
         title_justify="left",
     )
     table.add_column("what")

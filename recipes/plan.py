@@ -284,6 +284,8 @@ class Stage(Part):
         losses: What is minimised.
         optimizer: How.
         steps: Optimiser steps.
+        minutes: Train so long from the first step on, whatever ``steps`` says; the learning rate follows the time.
+            null: as long as the steps take.
         data: Options of the dataset that differ from the recipe's in this stage, such as the lengths of its rows.
         batch_size: Rows of a forward pass on one device.
         batch_tokens: About how many tokens a forward pass has at most, so that of long rows there are fewer than
@@ -304,6 +306,7 @@ class Stage(Part):
     optimizer: Optimizer
     data: dict[str, Any] = {}
     steps: Count
+    minutes: Positive | None = None
     batch_size: Count = 8
     batch_tokens: Count | None = None
     gradient_accumulation: Count = 1

@@ -39,7 +39,10 @@ class ProgressBars(TrainerCallback):
         self.tasks: dict[str, TaskID] = {}
         for number, stage in enumerate(recipe.stages, start=1):
             self.tasks[stage.name] = self.bars.add_task(
-                f"stage {number}, {stage.name}", total=stage.steps, start=False, loss=""
+                f"stage {number}, {stage.name}",
+                total=stage.steps if stage.minutes is None else None,
+                start=False,
+                loss="",
             )
 
     def __enter__(self) -> ProgressBars:

@@ -27,6 +27,7 @@ from recipes.checkpoint import load_parameters, read_tensors, seal, write_tensor
 from recipes.data.task import Batch
 from recipes.errors import CheckpointError, LaunchError, NonFiniteLossError
 from recipes.fused_norms import fused_norms
+from recipes.minutes import FOREVER, Minutes
 from recipes.objective import MICRO_BATCHES, Counts, Objective, token_masks
 from recipes.plan import Stage
 
@@ -54,7 +55,7 @@ def training_arguments(
     arguments = TrainingArguments(
         output_dir=str(folder),
         run_name=stage.name,
-        max_steps=stage.steps,
+        max_steps=stage.steps if stage.minutes is None else FOREVER,
         per_device_train_batch_size=stage.batch_size,
         gradient_accumulation_steps=stage.gradient_accumulation,
         learning_rate=optimizer.learning_rate,
@@ -128,12 +129,13 @@ class DistillTrainer(Trainer):
         collate: Any,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        ends = [] if stage.minutes is None else [Minutes(stage.minutes, stage.optimizer)]
         super().__init__(
             model,
             args=arguments,
             train_dataset=data,
             data_collator=collate,
-            callbacks=[_LastStep(), *callbacks],
+            callbacks=[_LastStep(), *ends, *callbacks],
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise LaunchError(

@@ -251,6 +251,10 @@ def recovery(
         typer.Argument(metavar="RECIPE", help="Names of the library, patterns of them, or YAML files."),
     ],
     scale: Annotated[float, typer.Option(metavar="X", help="Multiply the steps of every stage.")] = 1.0,
+    minutes: Annotated[
+        float | None,
+        typer.Option(metavar="M", help="Train each for so long, all stages together, whatever their steps."),
+    ] = None,
     seeds: Annotated[
         str | None, typer.Option(metavar="N,N,…", help="Run each with each; by default with its own.")
     ] = None,
@@ -269,17 +273,22 @@ def recovery(
     a GPU, fill one file.
 
     [dim]linmu bench recovery linmu-smollm2-135m 'peer-*' --json recovery.json[/]
+    [dim]linmu bench recovery linmu-smollm2-135m 'peer-*' --minutes 8 --json recovery.json[/]
     [dim]linmu bench recovery 'ablate-text-*' --scale 0.45 --seeds 0,1,2 --json a.json --add[/]
     """
     if scale <= 0:
         raise UsageError(f"--scale must be positive, found {scale:g}.")
+    if minutes is not None and (minutes <= 0 or scale != 1):
+        raise UsageError(
+            f"--minutes must be positive, and goes without --scale; found {minutes:g} and {scale:g}."
+        )
     numbers = _seeds(seeds)
     with spinner("loading"):
         from recipes.bench.recovery import FIGURES, OF_TEACHER, Shelf, chosen, ordered, read, scaled, write
         from recipes.bench.recovery import recovery as run
         from recipes.results import table
 
-    plans = [scaled(recipe, scale, seed) for recipe in chosen(names) for seed in numbers]
+    plans = [scaled(recipe, scale, seed, minutes) for recipe in chosen(names) for seed in numbers]
     if json is not None and add and json.exists():
         read(json)  # refused before the runs, not after them
     shelf, rows = Shelf(), list[dict[str, Any]]()

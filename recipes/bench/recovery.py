@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from recipes.distill import distill
 from recipes.errors import InvalidRecipeError
+from recipes.minutes import FOREVER
 from recipes.plan import Recipe, TeacherSpec
 from recipes.report import Report, report
 from recipes.results import Results, ResultsError, spent, write_atomically, write_rows
@@ -79,10 +80,22 @@ def chosen(names: Iterable[str]) -> list[Recipe]:
     return list(found.values())
 
 
-def scaled(recipe: Recipe, scale: float = 1.0, seed: int | None = None) -> Recipe:
-    """Return a recipe with every stage's steps multiplied (at least 1 stays) and another seed (None: its own)."""
+def scaled(
+    recipe: Recipe, scale: float = 1.0, seed: int | None = None, minutes: float | None = None
+) -> Recipe:
+    """Return a recipe of another length.
+
+    Args:
+        recipe: What to change.
+        scale: Factor on the steps of every stage; at least 1 stays.
+        seed: Another seed. None: its own.
+        minutes: Of all stages together, divided among them as their steps are, in place of these. None: steps count.
+    """
     fields = recipe.to_dict()
+    whole = sum(stage["steps"] for stage in fields["stages"])
     for stage in fields["stages"]:
+        if minutes is not None:
+            stage["minutes"] = minutes * stage["steps"] / whole
         stage["steps"] = max(1, round(stage["steps"] * scale))
     return Recipe.from_dict(fields if seed is None else {**fields, "seed": seed})
 
@@ -101,7 +114,7 @@ def recovery(recipe: Recipe, folder: Path, shelf: Shelf, say: Say, *, debug: boo
         The row of ``"the teacher"``, then the student's. Both: ``recipe``, those of :data:`FIGURES` that were
         measured, and a score a task, measure and group, such as ``"text perplexity fortunes"``. The teacher's
         also, where trivial answers are known: ``above_trivial_min``, the least by which it stands above them. The
-        student's also: ``seed``, ``steps``, ``tokens`` read, ``minutes`` of training (without loading and the
+        student's also: ``seed``, ``steps`` taken, ``tokens`` read, ``minutes`` of training (without loading and the
         teacher's own answers), ``seconds_a_step``, and by stage those of :data:`BY_STAGE` that are known. A run
         that fails has one row, with a ``note``; its traceback is in the folder, as ``error.txt``.
     """
@@ -210,7 +223,8 @@ class _Steps(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.say(f"{args.run_name}, step {state.global_step} of {state.max_steps}")
+        of = "" if state.max_steps >= FOREVER else f" of {state.max_steps}"
+        self.say(f"{args.run_name}, step {state.global_step}{of}")
 
 
 def _noted(error: Exception, file: Path) -> str:
@@ -235,7 +249,8 @@ def _cost(history: Sequence[Row]) -> Row:
         if stage.get(name) is not None
     }
     total = round(60 * minutes / steps, 4)
-    return {"tokens": tokens, "minutes": round(minutes, 3), "seconds_a_step": total, **by_stage}
+    cost = {"steps": steps, "tokens": tokens, "minutes": round(minutes, 3), "seconds_a_step": total}
+    return {**cost, **by_stage}
 
 
 def _figures(found: Report) -> dict[str, float]:

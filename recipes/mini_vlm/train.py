@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -48,8 +46,6 @@ TRAINED, RECORD = "trained.safetensors", "training.json"
 PROJECTOR = r"visual\.projector\."
 LAYERS = r"language_model\.layers\."
 DECODER = LAYERS + r"\d+\.(self_attn|mlp)\..+_proj$"
-FOREVER = 10**6
-"""Steps of a training that time ends."""
 JUDGED = 48_000
 """Tokens of a batch of questions, where nothing else is asked for: videos are hundreds of times as long as images."""
 
@@ -62,6 +58,7 @@ def training_stage(
     gradient_accumulation: int = 1,
     batch_tokens: int | None = None,
     rank: int | None = None,
+    minutes: float | None = None,
 ) -> Stage:
     """Return a stage that trains projector and decoder by the cross-entropy of the answers.
 
@@ -72,6 +69,7 @@ def training_stage(
         gradient_accumulation: Parts of a step.
         batch_tokens: Most tokens of a part, about. None: as many as its rows have.
         rank: Of the decoder's adapters. None: its layers are trained in full.
+        minutes: Train so long in place of ``steps``. None: ``steps`` is how long.
     """
     return Stage(
         name="teacher",
@@ -80,6 +78,7 @@ def training_stage(
         losses=Losses(task=TaskLoss()),
         optimizer=Optimizer(learning_rate=learning_rate),
         steps=steps,
+        minutes=minutes,
         batch_size=batch_size,
         batch_tokens=batch_tokens,
         gradient_accumulation=gradient_accumulation,
@@ -95,7 +94,6 @@ def train(
     *,
     seed: int = 0,
     workers: int = 0,
-    minutes: float | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, Any]]:
     """Train a model on the answers of a task, and save it whole, with its tokenizer and what training made.
@@ -108,8 +106,6 @@ def train(
         out: Folder for model and tokenizer.
         seed: Of adapters, data order and dropout.
         workers: Processes that make batches.
-        minutes: Train so long from the first step on, whatever the stage's steps, the learning rate following the
-            time. None: as many steps as the stage says.
         callbacks: Of transformers' Trainer; with any, its own progress bar stays away.
 
     Returns:
@@ -126,9 +122,6 @@ def train(
             "trained there is only task."
         )
     out, dtype = Path(out), model.dtype
-    if minutes is not None:
-        stage = stage.model_copy(update={"steps": FOREVER})
-        callbacks = [_Minutes(minutes, stage.optimizer.warmup), *callbacks]
     check_sizes(stage, task)
     selection = select(stage, model)
     model.to(processes().device)  # type: ignore[arg-type]
@@ -150,7 +143,7 @@ def train(
         parameter.data = parameter.data.to(dtype).float()
     if trainer.is_world_process_zero():
         write_tensors(out / TRAINED, {name: p.to(dtype) for name, p in _trained(adapted).items()})
-        done = stage.model_copy(update={"steps": trainer.state.global_step})
+        done = stage.model_copy(update={"steps": trainer.state.global_step, "minutes": None})
         write_json(out / RECORD, {"task": task.name, "seed": seed, "stage": done.model_dump(mode="json")})
         write_json(out / "history.json", trainer.history)
     _merge(adapted, dtype)
@@ -188,34 +181,6 @@ def _trained(adapted: nn.Module) -> dict[str, nn.Parameter]:
 def _merge(adapted: PreTrainedModel | PeftModel, dtype: torch.dtype) -> None:
     model: Any = adapted.merge_and_unload() if isinstance(adapted, PeftModel) else adapted
     model.to(dtype).requires_grad_(True).eval()
-
-
-class _Minutes(TrainerCallback):
-    """Ends a training after some time; the learning rate warms up and falls to zero on a cosine over that time."""
-
-    def __init__(self, minutes: float, warmup: float) -> None:
-        self.seconds, self.begin = 60 * minutes, 0.0
-        self.warmup = warmup if warmup < 1 else 0.05  # of the time, which steps are no part of
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        schedule = kwargs["lr_scheduler"]
-        schedule.lr_lambdas = [self._rate] * len(schedule.lr_lambdas)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begin = self.begin or time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._part() >= 1:
-            control.should_training_stop = control.should_log = True
-
-    def _part(self) -> float:
-        return (time.monotonic() - self.begin) / self.seconds
-
-    def _rate(self, step: int) -> float:
-        part = min(1.0, self._part())
-        fallen = 0.5 + 0.5 * math.cos(math.pi * max(0.0, part - self.warmup) / (1 - self.warmup))
-        risen = min(1.0, part / self.warmup) if self.warmup else 1.0
-        return risen * fallen
 
 
 class _Printed(TrainerCallback):
@@ -278,13 +243,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             gradient_accumulation=options.gradient_accumulation,
             batch_tokens=options.batch_tokens,
             rank=options.rank,
+            minutes=options.minutes,
         )
         if not options.start and isinstance(task, VisualTask):
             captioned = task.captioned(options.captions)
             model.to(processes().device)  # type: ignore[arg-type]
             losses = pretrain_projector(model, task, captioned, workers=options.workers, seed=options.seed)
             print(json.dumps({"captions": len(captioned), "losses": losses[::50]}), flush=True)
-        run = {"seed": options.seed, "workers": options.workers, "minutes": options.minutes}
+        run = {"seed": options.seed, "workers": options.workers}
         train(model, tokenizer, task, stage, options.out, callbacks=[_Printed()], **run)
     judged = evaluate(
         model,

@@ -234,6 +234,21 @@ def test_scaling_multiplies_steps_and_nothing_else() -> None:
     assert scaled(original, seed=3) == original.model_copy(update={"seed": 3})
 
 
+def test_minutes_are_divided_as_steps_are() -> None:
+    original = recipe(stage(name="one", steps=300), stage(name="two", steps=100))
+    assert [(s.minutes, s.steps) for s in scaled(original, minutes=2).stages] == [(1.5, 300), (0.5, 100)]
+
+
+def test_a_row_says_how_many_steps_its_minutes_were(tmp_path: Path, loads: list[str]) -> None:
+    file = tmp_path / "r.json"
+    path = saved(tmp_path, "main", stage(name="one", steps=1))
+    found = linmu(path, "--minutes", 0.02, "--out", tmp_path / "runs", "--json", file)
+    assert found.exit_code == 0, found.output
+    _, student = Results.read(file).rows
+    assert student["minutes"] >= 0.02
+    assert student["steps"] > 1
+
+
 def test_recipes_of_the_same_name_that_differ_are_refused(tmp_path: Path) -> None:
     other = saved(tmp_path, "linmu-tiny-vlm")
     with pytest.raises(InvalidRecipeError, match="two recipes are called 'linmu-tiny-vlm'"):
@@ -257,6 +272,8 @@ def test_a_file_of_other_rows_is_not_added_to_and_nothing_runs(tmp_path: Path, l
         (("linmu-tiny-vml",), "Did you mean 'linmu-tiny-vlm'"),
         (("linmu-tiny-vlm", "--seeds", "a"), "--seeds takes numbers"),
         (("linmu-tiny-vlm", "--scale", 0), "--scale must be positive"),
+        (("linmu-tiny-vlm", "--minutes", 0), "--minutes must be positive"),
+        (("linmu-tiny-vlm", "--minutes", 1, "--scale", 0.5), "without --scale"),
     ],
     ids=str,
 )

@@ -96,11 +96,11 @@ def test_in_bf16_and_with_adapters_too(model, tokenizer, trained, tmp_path, rank
 @pytest.mark.parametrize("warmup", [0.05, 100])
 def test_time_may_end_a_training(model, tokenizer, trained, tmp_path, monkeypatch, warmup):
     """The learning rate follows it, up and down again; what is kept says how many steps it was."""
-    stage = training_stage(steps=1, batch_size=1)
+    stage = training_stage(steps=1, batch_size=1, minutes=2 / 60)
     stage = stage.model_copy(update={"optimizer": stage.optimizer.model_copy(update={"warmup": warmup})})
     rates, clock = Rates(), itertools.count(step=0.1)
-    monkeypatch.setattr("recipes.mini_vlm.train.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    history = train(model, tokenizer, trained[2], stage, tmp_path, minutes=2 / 60, callbacks=[rates, *QUIET])
+    monkeypatch.setattr("recipes.minutes.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    history = train(model, tokenizer, trained[2], stage, tmp_path, callbacks=[rates, *QUIET])
     steps = json.loads((tmp_path / "training.json").read_text())["stage"]["steps"]
     assert steps == history[-1]["step"] == len(rates.seen) > 1
     assert rates.seen[0] < max(rates.seen)
