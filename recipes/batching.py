@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -22,6 +22,28 @@ def check_sizes(stage: Stage, task: Task) -> None:
             f"stage {stage.name!r} bounds its batches by tokens, but the dataset {task.name!r} does not know the sizes "
             "of its rows; leave out batch_tokens."
         )
+
+
+def bounded(sizes: Iterable[int], rows: int, tokens: int | None) -> list[int]:
+    """Cut rows, in their order, into batches.
+
+    Args:
+        sizes: Tokens of each row.
+        rows: Most rows of a batch.
+        tokens: Most tokens of a batch, padding included; a single row may have more. None: any number.
+
+    Returns:
+        How many rows each batch has.
+    """
+    counts: list[int] = []
+    count = longest = 0
+    for size in sizes:
+        longest = max(longest, size)
+        if count == rows or (count and tokens is not None and (count + 1) * longest > tokens):
+            counts.append(count)
+            count, longest = 0, size
+        count += 1
+    return [*counts, count] if count else counts
 
 
 class LikeSizes(Sampler[list[int]]):
@@ -44,14 +66,7 @@ class LikeSizes(Sampler[list[int]]):
         self, sizes: Sequence[int], rows: int, tokens: int | None = None, *, processes: int = 1, seed: int = 0
     ) -> None:
         self.sizes, self.seed, self.epoch, self.processes = torch.tensor(sizes), seed, 0, processes
-        self.counts: list[int] = []
-        count = 0
-        for size in self.sizes.sort().values[processes - 1 :: processes].tolist():
-            if count == rows or (count and tokens is not None and (count + 1) * size > tokens):
-                self.counts.append(count)
-                count = 0
-            count += 1
-        self.counts += [count] if count else []
+        self.counts = bounded(self.sizes.sort().values[processes - 1 :: processes].tolist(), rows, tokens)
 
     def __len__(self) -> int:
         return len(self.counts) * self.processes

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from recipes.batching import bounded
 from recipes.data.task import IGNORED, Batch, Item, Task
 from recipes.errors import RecipeError
 from recipes.losses import predicted_tokens
@@ -129,12 +131,14 @@ def evaluate(
         EvaluationError: The split is empty or ``limit`` is not positive.
     """
     items = spread(task.test, limit, task.name)
-    sizes = getattr(task.test, "sizes", None)
+    sizes = None if batch_tokens is None else getattr(task.test, "sizes", None)
     sizes = [0] * len(items) if sizes is None else spread(sizes, limit, task.name)
+    remaining = iter(items)
     start = time.perf_counter()
     scores: list[float] = []
     with judged(model):
-        for chunk in _bounded(items, sizes, batch_size, batch_tokens):
+        for count in bounded(sizes, batch_size, batch_tokens):
+            chunk = list(islice(remaining, count))
             inputs = to_device(task.prompts(chunk), model.device)
             outputs = model.generate(  # type: ignore[operator]
                 **inputs, max_new_tokens=task.max_new_tokens, do_sample=False, num_beams=1
@@ -244,21 +248,6 @@ def spread(items: Sequence[One], limit: int | None, name: str) -> list[One]:
 def batches(items: Sequence[One], size: int) -> Iterator[Sequence[One]]:
     """Cut items into batches."""
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _bounded(
-    items: Sequence[One], sizes: Sequence[int], most: int, tokens: int | None
-) -> Iterator[list[One]]:
-    """Cut items into batches of at most ``most``, and of so many tokens at the size of the longest."""
-    batch: list[One] = []
-    longest = 0
-    for item, size in zip(items, sizes):
-        longest = max(longest, size)
-        if len(batch) == most or (batch and tokens is not None and (len(batch) + 1) * longest > tokens):
-            yield batch
-            batch, longest = [], size
-        batch.append(item)
-    yield batch
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from tests.recipes.toys import QUIET, Riddles, recipe, stage
 
 
 class Clock:
-    """A second between two looks, or what is told."""
+    """So many seconds pass between two looks."""
 
     def __init__(self, step: float = 1.0) -> None:
         self.ticks = itertools.count(100.0, step)
@@ -30,18 +30,13 @@ def rates(schedule: str, warmup: float, earlier: float, monkeypatch: pytest.Monk
     """The factors on the learning rate of a training of ten seconds, one a step, and when it ends."""
     monkeypatch.setattr("recipes.minutes.time", Clock())
     minutes = Minutes(10 / 60, Optimizer(learning_rate=1.0, warmup=warmup, schedule=schedule))
-    scheduler, state = (
-        SimpleNamespace(lr_lambdas=[None]),
-        SimpleNamespace(log_history=[{"seconds": earlier}, {}]),
-    )
-    told: dict[str, Any] = {
-        "args": None,
-        "state": state,
-        "control": SimpleNamespace(should_training_stop=False),
-    }
+    scheduler = SimpleNamespace(lr_lambdas=[None])
+    state = SimpleNamespace(log_history=[{"seconds": earlier}, {}])
+    control = SimpleNamespace(should_training_stop=False)
+    told: dict[str, Any] = {"args": None, "state": state, "control": control}
     minutes.on_train_begin(**told, lr_scheduler=scheduler)
     seen = [scheduler.lr_lambdas[0](0)]
-    while not told["control"].should_training_stop:
+    while not control.should_training_stop:
         minutes.on_step_begin(**told)
         minutes.on_pre_optimizer_step(**told)
         seen.append(scheduler.lr_lambdas[0](len(seen)))

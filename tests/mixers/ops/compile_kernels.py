@@ -19,7 +19,7 @@ import torch
 
 from mixers.ops import triton_support
 
-MODULES = ("feature_map", "finish", "gate", "short_conv", "ssd", "ssd_step", "window_attention")
+MODULES = ("feature_map", "finish", "gate", "join_sinks", "short_conv", "ssd", "ssd_step", "window_attention")
 """Each ``tests.mixers.ops.kernels_<name>`` has ``cases()``: calls to compile, by name, on CPU tensors."""
 
 KINDS = {
