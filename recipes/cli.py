@@ -309,11 +309,11 @@ def evaluate(
         from recipes.evaluate import evaluate as ask
         from recipes.evaluate import perplexity
         from recipes.models import load_model
-        from recipes.plan import DataSpec
+        from recipes.plan import TaskSpec
         from recipes.results import Results, table
 
         judged = load_model(model, device)
-        questions = load_task(DataSpec(task=task), judged.model.config, judged.tokenizer)
+        questions = load_task(TaskSpec(task=task), judged.model.config, judged.tokenizer)
     with progress(f"{task}: asking") as told:
         found = ask(judged.model, questions, limit=limit, batch_size=batch_size, progress=told)
     figures: dict[str, Any] = {

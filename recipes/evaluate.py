@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from recipes.batching import bounded
@@ -114,6 +115,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 128,
     batch_tokens: int | None = None,
+    workers: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Ask the questions of the task's test split and score the greedy answers.
@@ -125,6 +127,7 @@ def evaluate(
         batch_size: Left-padded prompts a batch.
         batch_tokens: Most tokens of a batch, padding included, where the split knows the ``sizes`` of its items; one
             prompt may have more. None: any number.
+        workers: Processes that make the prompts while the model answers; 0 makes them in this one.
         progress: Told after each batch.
 
     Raises:
@@ -134,12 +137,13 @@ def evaluate(
     sizes = None if batch_tokens is None else getattr(task.test, "sizes", None)
     sizes = [0] * len(items) if sizes is None else spread(sizes, limit, task.name)
     remaining = iter(items)
+    chunks = [list(islice(remaining, count)) for count in bounded(sizes, batch_size, batch_tokens)]
+    prompts = DataLoader(chunks, batch_size=None, collate_fn=task.prompts, num_workers=workers)  # type: ignore[arg-type]
     start = time.perf_counter()
     scores: list[float] = []
     with judged(model):
-        for count in bounded(sizes, batch_size, batch_tokens):
-            chunk = list(islice(remaining, count))
-            inputs = to_device(task.prompts(chunk), model.device)
+        for chunk, batch in zip(chunks, prompts):
+            inputs = to_device(batch, model.device)
             outputs = model.generate(  # type: ignore[operator]
                 **inputs, max_new_tokens=task.max_new_tokens, do_sample=False, num_beams=1
             )

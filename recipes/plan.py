@@ -88,28 +88,18 @@ class StudentSpec(Part):
 
 
 class TaskSpec(Part):
-    """A dataset; a bare string is the ``task``.
+    """A dataset, to train on or to be judged by; a bare string is the ``task``.
 
     Args:
         task: Its name: ``easy-vqa``, ``mix``, ``pictures``, ``recall`` or ``text``.
         options: Its keyword arguments.
+        workers: Processes that make batches; 0 makes them in the process that runs the model.
     """
 
     term: ClassVar[str] = "data"
     main_key: ClassVar[str] = "task"
     task: str
     options: dict[str, Any] = {}
-
-
-class DataSpec(TaskSpec):
-    """What to train on; a bare string is the ``task``.
-
-    Args:
-        task: As for :class:`TaskSpec`.
-        options: Likewise.
-        workers: Processes that make batches; 0 makes them in the training process.
-    """
-
     workers: Annotated[int, Field(ge=0)] = 0
 
 
@@ -119,10 +109,13 @@ class Judge(TaskSpec):
     Args:
         task: As for :class:`TaskSpec`.
         options: Likewise.
+        workers: Likewise; where answers are generated.
         measures: ``accuracy`` of greedy answers, ``perplexity`` of the labelled tokens, ``agreement`` with the
             teacher's greedy continuations.
         limit: Items of the test split, spread evenly over it; null: all.
         batch_size: Items at a time.
+        batch_tokens: Most tokens of prompts to answer at a time, where the dataset knows the sizes of its items: long
+            videos and images can be asked about together. null: any number.
         name: What its rows and figures are called; null: as the task.
     """
 
@@ -133,11 +126,17 @@ class Judge(TaskSpec):
     ]
     limit: Count | None = None
     batch_size: Count = 8
+    batch_tokens: Count | None = None
 
     @property
     def label(self) -> str:
         """The name, or else the task's."""
         return self.name or self.task
+
+    def sizes(self, measure: str) -> dict[str, Any]:
+        """How many items a measure takes, and how: arguments of the function of that name."""
+        names = {"limit", "batch_size"} | ({"batch_tokens", "workers"} if measure == "accuracy" else set())
+        return self.model_dump(include=names)
 
 
 class Weighted(Part):
@@ -342,7 +341,7 @@ class Recipe(Part):
     seed: int = 0
     teacher: TeacherSpec
     student: StudentSpec
-    data: DataSpec
+    data: TaskSpec
     stages: Annotated[list[Stage], Field(min_length=1)]
     judged_by: list[Judge] = []
 

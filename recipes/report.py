@@ -121,7 +121,7 @@ def _measured(
 ) -> Iterator[dict[str, Any]]:
     task = yardstick.task(judge)
     common = {"task": judge.label, "measure": measure}
-    sizes: dict[str, Any] = {"limit": judge.limit, "batch_size": judge.batch_size}
+    sizes = judge.sizes(measure)
     trivial: Mapping[str, float] = {}
     long_videos: Collection[str] | None = None
     if measure == "agreement":

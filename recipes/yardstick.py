@@ -43,19 +43,18 @@ class Yardstick:
 
     def accuracy(self, judge: Judge) -> Evaluation:
         """Return how well the teacher answers; see :func:`recipes.evaluate.evaluate`."""
-        return self._once(evaluate, judge)
+        return self._once(evaluate, judge, "accuracy")
 
     def perplexity(self, judge: Judge) -> Perplexity:
         """Return how likely the teacher finds the labelled tokens; see :func:`recipes.evaluate.perplexity`."""
-        return self._once(perplexity, judge)
+        return self._once(perplexity, judge, "perplexity")
 
     def continuations(self, judge: Judge) -> Continuations:
         """Return what the teacher says to the prompts; see :func:`recipes.agreement.continuations`."""
-        return self._once(continuations, judge)
+        return self._once(continuations, judge, "agreement")
 
-    def _once(self, measure: Callable[..., Score], judge: Judge) -> Score:
-        key = (measure.__name__, judge.model_dump_json(exclude={"name", "measures"}))
+    def _once(self, take: Callable[..., Score], judge: Judge, measure: str) -> Score:
+        key = (measure, judge.model_dump_json(exclude={"name", "measures", "workers"}))
         if key not in self._scores:
-            sizes: dict[str, Any] = {"limit": judge.limit, "batch_size": judge.batch_size}
-            self._scores[key] = measure(self.teacher.model, self.task(judge), **sizes)
+            self._scores[key] = take(self.teacher.model, self.task(judge), **judge.sizes(measure))
         return self._scores[key]

@@ -37,7 +37,7 @@ from recipes.evaluate import evaluate
 from recipes.mini_vlm.build import build_pretrained
 from recipes.mini_vlm.pretrain import pretrain_projector
 from recipes.models import best_device
-from recipes.plan import DataSpec, LoRA, Losses, Optimizer, Stage, TaskLoss, TeacherSpec
+from recipes.plan import LoRA, Losses, Optimizer, Stage, TaskLoss, TaskSpec, TeacherSpec
 from recipes.selection import select
 from recipes.teachers import load_teacher, vlm_mini_folder
 from recipes.trainer import DistillTrainer, processes, training_arguments
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model, tokenizer = teacher.model, teacher.tokenizer
     else:
         model, tokenizer = build_pretrained(dtype)
-    task = load_task(DataSpec(task=options.task, options=options.options), model.config, tokenizer)
+    task = load_task(TaskSpec(task=options.task, options=options.options), model.config, tokenizer)
     if options.restore:
         for folder in options.restore:
             restore(model, folder)
@@ -258,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         limit=options.questions,
         batch_size=options.batch_size,
         batch_tokens=options.batch_tokens or JUDGED,
+        workers=options.workers,
     )
     print(json.dumps({"accuracy": judged.accuracy, "questions": judged.questions, "groups": judged.rows()}))
 

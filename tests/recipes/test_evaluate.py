@@ -73,6 +73,17 @@ def test_tokens_bound_a_batch_where_the_sizes_of_items_are_known() -> None:
     assert told == [3, 5, 6, 10, 12]
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_prompts_that_other_processes_make_are_answered_in_their_order(kind: str) -> None:
+    model = MODELS[kind]()
+    task = riddles_that_the_model_solves(kind, model, wrong=3)
+    told: list[int] = []
+    found = evaluate(model, task, batch_size=5, workers=2, progress=lambda done, _: told.append(done))
+    assert found.groups == evaluate(model, task, batch_size=5).groups
+    assert found.accuracy == 9 / 12
+    assert told == [5, 10, 12]
+
+
 def test_the_answer_is_the_group_where_there_is_no_category() -> None:
     model = MODELS["llama"]()
     task = riddles_that_the_model_solves("llama", model)

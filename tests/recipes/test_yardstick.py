@@ -11,7 +11,7 @@ import torch
 import bridges
 from recipes import yardstick as yardsticks
 from recipes.data.task import Task
-from recipes.plan import DataSpec, Judge
+from recipes.plan import Judge, TaskSpec
 from recipes.report import layer_errors, report
 from recipes.yardstick import Yardstick
 from tests.recipes import toys
@@ -73,7 +73,7 @@ def test_the_second_student_does_not_ask_the_teacher_again(loads: list[str]) -> 
 
 def test_a_dataset_is_the_same_for_training_and_for_every_judge_of_its_options(loads: list[str]) -> None:
     yardstick = Yardstick(toys.teacher())
-    task = yardstick.task(DataSpec(task="a", options={"size": 1}, workers=2))
+    task = yardstick.task(TaskSpec(task="a", options={"size": 1}, workers=2))
     assert yardstick.task(Judge(task="a", options={"size": 1}, limit=3, name="other")) is task
     assert yardstick.task(Judge(task="a")) is not task
     assert loads == ["a", "a"]
@@ -85,5 +85,6 @@ def test_a_score_is_that_of_the_items_asked_for(measure: str, loads: list[str]) 
     score = getattr(yardstick, measure)
     whole = score(Judge(task="a"))
     assert score(Judge(task="a", name="other", measures=MEASURES)) is whole
+    assert score(Judge(task="a", workers=1)) is whole
     assert score(Judge(task="a", limit=1)) is not whole
     assert score(Judge(task="b")) is not whole

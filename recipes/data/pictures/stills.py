@@ -1,4 +1,4 @@
-"""Questions on one image: what things are and are called, and what is written.
+"""Questions on one image: what things are and are called, and what is written where.
 
 `NAMES` stands for MMMU among the paper's benchmarks, knowledge of many subjects asked by pictures; `READING` for
 TextVQA.
@@ -22,6 +22,9 @@ CORNERS = {
     "bottom right": (0.73, 0.8),
 }
 """Middles of the corners of a frame."""
+
+WORD, NUMBER = "What does it say?", "What number is this?"
+UPPER_LOWER = "What does the upper line say?", "What does the lower line say?"
 
 
 def _name(shelf: Shelf, draw: Random, frames: int) -> Question:
@@ -98,30 +101,33 @@ def _line(shelf: Shelf, draw: Random, text: str, x: float, y: float, sizes: tupl
 def _word(shelf: Shelf, draw: Random, frames: int) -> Question:
     word = draw.choice(shelf.words)
     line = _line(shelf, draw, word, 0.5, draw.choice((0.3, 0.5, 0.7)), (0.2, 0.32))
-    return Question("What does it say?", word, (page(draw, [line]),))
+    return Question(WORD, word, (page(draw, [line]),))
 
 
 def _number(shelf: Shelf, draw: Random, frames: int) -> Question:
     digits = draw.randint(1, 4)
     number = str(draw.randrange(10 ** (digits - 1), 10**digits))
     line = _line(shelf, draw, number, 0.5, draw.choice((0.3, 0.5, 0.7)), (0.22, 0.36))
-    return Question("What number is this?", number, (page(draw, [line]),))
+    return Question(NUMBER, number, (page(draw, [line]),))
 
 
 def _upper_or_lower(shelf: Shelf, draw: Random, frames: int) -> Question:
     words = draw.sample(shelf.words, 2)
     lines = [_line(shelf, draw, word, 0.5, y, (0.18, 0.28)) for word, y in zip(words, (0.27, 0.73))]
     which = draw.randrange(2)
-    question = f"What does the {('upper', 'lower')[which]} line say?"
-    return Question(question, words[which], (page(draw, lines),))
+    return Question(UPPER_LOWER[which], words[which], (page(draw, lines),))
 
 
 def _where(shelf: Shelf, draw: Random, frames: int) -> Question:
     corner = draw.choice(list(CORNERS))
     word = draw.choice([word for word in shelf.words if len(word) <= 4] or shelf.words)
-    question = f"In which corner is the word: {listed(list(CORNERS))}?"
     line = _line(shelf, draw, word, *CORNERS[corner], (0.14, 0.18))
+    question = f"In which corner is the word: {listed(list(CORNERS))}?"
     return Question(question, corner, (page(draw, [line]),), len(CORNERS))
+
+
+def _which_color(word: str) -> str:
+    return f"What color is the word {word}?"
 
 
 def _color(shelf: Shelf, draw: Random, frames: int) -> Question:
@@ -131,9 +137,7 @@ def _color(shelf: Shelf, draw: Random, frames: int) -> Question:
         for word, name, y in zip(words, names, (0.27, 0.73))
     ]
     which = draw.randrange(2)
-    return Question(
-        f"What color is the word {words[which]}?", names[which], (page(draw, lines),), len(COLORS)
-    )
+    return Question(_which_color(words[which]), names[which], (page(draw, lines),), len(COLORS))
 
 
 def _present(shelf: Shelf, draw: Random, frames: int) -> Question:
@@ -151,3 +155,26 @@ READING: Group = {
     "color": _color,
     "present": _present,
 }
+
+
+def further_reading(draw: Random, question: Question, count: int) -> tuple[tuple[str, str], ...]:
+    """Ask more of a page, to train on: what else it says, then in which colors.
+
+    A word that was told already, by a question or an answer, is not asked for.
+
+    Returns:
+        At most so many different questions, each with its answer.
+    """
+    lines = [thing for thing in question.frames[0].things if isinstance(thing, Line)]
+    asks = UPPER_LOWER if len(lines) > 1 else (NUMBER if lines[0].text.isdigit() else WORD,)
+    told = f"{question.question} {question.answer}".replace("?", "").split()
+    read = {ask: line.text for ask, line in zip(asks, lines) if line.text not in told}
+    names = {color: name for name, color in COLORS.items()}
+    seen = {_which_color(line.text): names[line.color] for line in lines}
+    asked = [
+        (ask, answer)
+        for asks in (read, seen)
+        for ask, answer in draw.sample(list(asks.items()), len(asks))
+        if ask != question.question
+    ]
+    return tuple(asked[:count])

@@ -18,7 +18,7 @@ from recipes.data.pictures.pack import Pack, load_pack
 from recipes.data.pictures.question import COLORS, Group
 from recipes.data.pictures.shelf import Shelf, shelf
 from recipes.data.pictures.slideshows import NEEDLE, SLIDESHOW, further
-from recipes.data.pictures.stills import CORNERS, NAMES, READING
+from recipes.data.pictures.stills import CORNERS, NAMES, READING, further_reading
 from recipes.data.task import DatasetNotInstalled, Item, MadeItems, TaskError, VideoTooShort
 from recipes.data.visual import Shown, VisualTask
 
@@ -95,7 +95,7 @@ class Questions(MadeItems):
         split: str,
         lengths: Sequence[int],
         size: int,
-        shares: Mapping[str, int] = MappingProxyType({}),
+        shares: Mapping[str, int],
     ) -> None:
         self.task, self.shelf, self.split, self.size = task, shelf, split, size
         groups = [group for group in task.groups for _ in range(shares.get(group, 1))]
@@ -127,11 +127,12 @@ class Questions(MadeItems):
         turn, place = divmod(number, len(forms))
         form = Random(f"{key} turn {turn}").sample(list(forms), len(forms))[place]
         question = forms[form](self.shelf, Random(f"{key} {number}"), length // self.task.frame_tokens)
-        if length and self.split == "train" and self.task.further:
+        if (count := self.task.further) and self.split == "train":
             draw = Random(f"{key} {number} further")
-            question = question._replace(
-                further=further(self.shelf, draw, question.frames, self.task.further)
-            )
+            if length:
+                question = question._replace(further=further(self.shelf, draw, question.frames, count))
+            elif group == "reading":
+                question = question._replace(further=further_reading(draw, question, count))
         category = _category(group, length)
         return {"group": group, "category": category, "form": form, "length": length, **question._asdict()}
 
@@ -161,8 +162,8 @@ class Pictures(VisualTask):
         test_lengths: Vision tokens of those to be judged by.
         train_size: Training questions of each group, and of each length of a long one.
         test_size: Test questions likewise.
-        shares: Group → how many times as many training questions it has. Those without one have 1.
-        further: More questions on each long video of training, at most, answered one after the other.
+        shares: Group → how many times as many questions of either split it has. Those without one have 1.
+        further: More questions on each long video and each page of training, at most, answered one after the other.
         side: Pixels of a frame's side.
         seed: Of all draws.
 
@@ -224,7 +225,7 @@ class Pictures(VisualTask):
             )
         kept, held_out = shelf(self.pack, "train"), shelf(self.pack, "test")
         self.train = Questions(self, kept, "train", sorted(set(lengths)), train_size, shares)
-        self.test = Questions(self, held_out, "test", sorted(set(test_lengths)), test_size)
+        self.test = Questions(self, held_out, "test", sorted(set(test_lengths)), test_size, shares)
         self.long_videos = {_category(group, length) for group, length in self.test.kinds if group in LONG}
         self.max_new_tokens = 1 + max(map(len, self.answer_ids(sorted(_answers(self.pack)))))
 
@@ -256,12 +257,11 @@ class Pictures(VisualTask):
         shortest = dict(reversed(self.train.kinds))
         learnt: dict[str, tuple[dict[str, Counter[str]], dict[str, Counter[str]]]] = {}
         found = {}
-        for place, (group, _) in enumerate(self.test.kinds):
+        for (group, length), parts in Counter(self.test.kinds).items():
             if group not in learnt:
                 learnt[group] = _counts(self.train.make(group, shortest[group], i) for i in range(SAMPLE))
-            size = self.test.size
-            items = self.test[place * size : (place + 1) * size]
-            found[items[0]["category"]] = _baseline(items, *learnt[group])
+            items = [self.test.make(group, length, number) for number in range(parts * self.test.size)]
+            found[_category(group, length)] = _baseline(items, *learnt[group])
         return found
 
 

@@ -15,7 +15,7 @@ from recipes.data.pictures.task import GROUPS, LONG, STANDS_FOR, Pictures, Unkno
 from recipes.data.task import IGNORED, EmptyBatch, NoVisionTokens, Task, UnsupportedModel, VideoTooShort
 from recipes.errors import UnknownKeyError
 from recipes.evaluate import evaluate
-from recipes.plan import DataSpec
+from recipes.plan import TaskSpec
 from tests.recipes.data.test_recall import build_tokenizer
 from tests.recipes.data.toy_pack import of, one_of_each_form, toy_config, toy_pack, toy_task
 
@@ -51,7 +51,7 @@ def short(items):
     return [item for item in items if item["group"] not in LONG]
 
 
-def test_a_share_gives_a_group_more_questions_of_training_and_changes_no_others(task):
+def test_a_share_gives_a_group_more_questions_and_changes_no_others(task):
     shared = toy_task(
         lengths=LENGTHS,
         test_lengths=TEST_LENGTHS,
@@ -64,10 +64,15 @@ def test_a_share_gives_a_group_more_questions_of_training_and_changes_no_others(
     assert counts["needle 256"] == counts["needle 512"] == 140
     assert counts["names"] == counts["slideshow 512"] == 70
     assert len(shared.train.sizes) == len(shared.train)
-    before, now = asked(task.train, "reading"), asked(shared.train, "reading")
-    assert now[:70] == before
-    assert len({str(question) for question in now}) > 2 * len(set(map(str, before)))
-    assert list(shared.test) == list(task.test)
+    assert Counter(item["category"] for item in shared.test)["reading"] == 126
+    for split, size in (("train", 70), ("test", 42)):
+        before, now = (asked(getattr(t, split), "reading") for t in (task, shared))
+        assert now[:size] == before
+        assert len({str(question) for question in now}) > 2 * len(set(map(str, before)))
+        assert asked(getattr(shared, split), "slideshow") == asked(getattr(task, split), "slideshow")
+    assert shared.baselines.keys() == task.baselines.keys()
+    assert shared.baselines["names"] == task.baselines["names"]
+    assert shared.baselines["reading"] != task.baselines["reading"]
 
 
 def test_it_is_a_task_with_so_many_questions_of_each_group_and_length(task):
@@ -295,7 +300,7 @@ def test_one_file_is_all_it_needs(task, config, tokenizer, tmp_path):
     toy_pack().save(path)
     assert Pack.load(path) == toy_pack()
     assert list(tmp_path.iterdir()) == [path]
-    spec = DataSpec(
+    spec = TaskSpec(
         task="pictures", options={"pack": str(path), "test_lengths": [256, 1024], "test_size": 42}
     )
     again = load_task(spec, config, tokenizer)
@@ -328,7 +333,7 @@ def test_unknown_groups_and_options_are_refused_with_near_names(config, tokenize
         with pytest.raises(UnknownGroup, match="Did you mean 'slideshow'"):
             Pictures(config, tokenizer, toy_pack(), **options)
     with pytest.raises(UnknownKeyError, match="Did you mean 'lengths'"):
-        load_task(DataSpec(task="pictures", options={"length": [256]}), config, tokenizer)
+        load_task(TaskSpec(task="pictures", options={"length": [256]}), config, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,34 @@ def further_answer(question, names, slides):
     return "count", str(names.count(re.fullmatch(r"How many times was the (.+) shown\?", question)[1]))
 
 
+def test_further_questions_on_a_page_are_answered_by_it_and_ask_for_no_word_that_was_told():
+    task = toy_task("reading", "shapes", train_size=240, further=2)
+    seen, counts = set(), set()
+    for item in task.train:
+        if item["group"] != "reading":
+            assert item["further"] == ()
+            continue
+        lines, told = item["frames"][0].things, {item["question"]}
+        words = re.findall(r"\w+", f"{item['question']} {item['answer']}")
+        counts.add(len(item["further"]))
+        for question, answer in item["further"]:
+            assert question not in told
+            told.add(question)
+            if match := re.fullmatch(r"What color is the word (.+)\?", question):
+                assert COLORS[answer] == next(line.color for line in lines if line.text == match[1])
+                seen.add("color")
+            else:
+                whole = "What number is this?" if answer.isdigit() else "What does it say?"
+                parts = ["What does the upper line say?", "What does the lower line say?"]
+                asks = parts if len(lines) > 1 else [whole]
+                assert answer == lines[asks.index(question)].text
+                assert answer not in words
+                seen.add("line" if "line" in question else "page")
+    assert seen == {"color", "line", "page"}
+    assert counts == {1, 2}
+    assert all(item["further"] == () for item in task.test)
+
+
 def test_needles_and_their_answers_stand_anywhere():
     task = toy_task("slideshow", lengths=[1024], train_size=120)
     places = []

@@ -16,7 +16,7 @@ from recipes.data.recall import BadLength, BadWords, Recall, UnknownKind
 from recipes.data.task import IGNORED, EmptyBatch, Task, UnsupportedModel
 from recipes.errors import UnknownKeyError
 from recipes.evaluate import evaluate
-from recipes.plan import DataSpec
+from recipes.plan import TaskSpec
 from recipes.tiny_vlm.build import build_tokenizer as tiny_vlm_tokenizer
 from tests.recipes.toys import llama
 
@@ -222,7 +222,7 @@ def test_only_the_answer_scores_and_a_copy_by_its_words(task, tokenizer, kind, s
 
 
 def test_a_model_is_evaluated_by_kind_and_length(tokenizer):
-    spec = DataSpec(
+    spec = TaskSpec(
         task="recall", options={"lengths": [256, 320], "test_size": 1, "kinds": ["lookup", "count"]}
     )
     task = load_task(spec, None, tokenizer)
@@ -273,7 +273,7 @@ def test_unknown_kinds_and_options_are_refused_with_near_names(tokenizer):
     with pytest.raises(UnknownKind, match="Did you mean 'lookup'"):
         Recall(tokenizer, ["look-up"])
     with pytest.raises(UnknownKeyError, match="Did you mean 'lengths'"):
-        load_task(DataSpec(task="recall", options={"length": [256]}), None, tokenizer)
+        load_task(TaskSpec(task="recall", options={"length": [256]}), None, tokenizer)
 
 
 def test_a_tokenizer_needs_an_end_token_and_no_padding_token():

@@ -7,7 +7,7 @@ from recipes.data import load_task
 from recipes.data.task import Task, UnsupportedModel
 from recipes.data.text import Text, TooLittleText, python_topics
 from recipes.errors import UnknownKeyError, UnknownTaskError
-from recipes.plan import DataSpec
+from recipes.plan import TaskSpec
 
 
 class Characters:
@@ -58,7 +58,7 @@ def test_a_prompt_is_half_a_window_and_the_rest_is_the_answer(files):
 
 
 def test_without_files_it_is_pythons_own_documentation():
-    task = load_task(DataSpec(task="text", options={"length": 256}), None, Characters())
+    task = load_task(TaskSpec(task="text", options={"length": 256}), None, Characters())
     assert any("lambda" in topic for topic in python_topics())
     assert len(task.train) > 1000
     assert len(task.test) > 20
@@ -82,6 +82,6 @@ def test_a_tokenizer_without_an_end_is_refused(files):
 
 def test_unknown_datasets_and_options_are_refused_with_near_names():
     with pytest.raises(UnknownTaskError, match="Did you mean 'easy-vqa'"):
-        load_task(DataSpec(task="easyvqa"), None, Characters())
+        load_task(TaskSpec(task="easyvqa"), None, Characters())
     with pytest.raises(UnknownKeyError, match="Did you mean 'length'"):
-        load_task(DataSpec(task="text", options={"lenght": 3}), None, Characters())
+        load_task(TaskSpec(task="text", options={"lenght": 3}), None, Characters())
