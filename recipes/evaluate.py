@@ -138,7 +138,12 @@ def evaluate(
     sizes = [0] * len(items) if sizes is None else spread(sizes, limit, task.name)
     remaining = iter(items)
     chunks = [list(islice(remaining, count)) for count in bounded(sizes, batch_size, batch_tokens)]
-    prompts = DataLoader(chunks, batch_size=None, collate_fn=task.prompts, num_workers=workers)  # type: ignore[arg-type]
+    prompts: DataLoader[Batch] = DataLoader(
+        chunks,  # type: ignore[arg-type]
+        batch_size=None,
+        collate_fn=task.prompts,
+        num_workers=workers,
+    )
     start = time.perf_counter()
     scores: list[float] = []
     with judged(model):
