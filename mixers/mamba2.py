@@ -29,7 +29,8 @@ class Mamba2Config(MixerConfig):
             training; the others are log-spaced between.
         conv_size: Taps of the short convolution on C, B and X; 0 leaves it out.
         feature_map: What is done to C and B: ``"none"``; ``"softmax"``, a learned map to R features then softmax
-            of both signs, which makes the state 2·R wide (Hedgehog, arXiv 2402.04347); ``"l2"`` norm.
+            of both signs, which makes the state 2·R wide (Hedgehog, arXiv 2402.04347); ``"l2"`` norm. The maps of C
+            start as those of the B that they meet, so that like has like features.
         features: R of ``"softmax"``. More of them tell more things apart that were read. None: P.
         normalizer: ``"denominator"`` divides by the sum of weights (with ``"softmax"`` only),
             ``"rms"`` norms each head, ``"none"``.
@@ -85,7 +86,9 @@ class Mamba2(TokenMixer):
             identity[:, -1] = 1
             self.conv_weight = nn.Parameter(identity)
         if config.feature_map == "softmax":
-            self.c_map, self.b_map = (nn.Parameter(_maps(n, p, config.features or p)) for n in (h, g))
+            maps = _maps(g, p, config.features or p)
+            self.c_map = nn.Parameter(maps.repeat_interleave(h // g, dim=0))
+            self.b_map = nn.Parameter(maps)
         if config.normalizer == "rms":
             self.norm_weight = nn.Parameter(torch.full((h, p), 0.3))
         if config.output_gate:

@@ -124,7 +124,9 @@ def test_flex_ma_is_bimamba2_with_its_settings() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_features_begin_with_the_head_and_go_on_with_rotations_of_it(dtype: torch.dtype) -> None:
+def test_features_begin_with_the_head_and_go_on_with_rotations_of_it_alike_in_queries_and_keys(
+    dtype: torch.dtype,
+) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -141,6 +143,8 @@ def test_features_begin_with_the_head_and_go_on_with_rotations_of_it(dtype: torc
         assert_close(
             "part of one", unit[:, :4, :4], third.mT @ third, 1e-2 if dtype == torch.bfloat16 else 1e-6
         )
+    assert torch.equal(mixer.c_map, mixer.b_map.repeat_interleave(2, dim=0))
+    assert mixer.c_map.data_ptr() != mixer.b_map.data_ptr()
     assert mixers.build("flex_ma", **TINY, features=5).c_map.shape == (4, 8, 5)
     with torch.device("meta"):
         assert mixers.build("flex_ma", **TINY, features=20).b_map.shape == (2, 8, 20)
