@@ -173,8 +173,8 @@ def further_reading(draw: Random, question: Question, count: int) -> tuple[tuple
     seen = {_which_color(line.text): names[line.color] for line in lines}
     asked = [
         (ask, answer)
-        for asks in (read, seen)
-        for ask, answer in draw.sample(list(asks.items()), len(asks))
+        for some in (read, seen)
+        for ask, answer in draw.sample(list(some.items()), len(some))
         if ask != question.question
     ]
     return tuple(asked[:count])
