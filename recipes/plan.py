@@ -133,8 +133,8 @@ class Judge(TaskSpec):
         """The name, or else the task's."""
         return self.name or self.task
 
-    def sizes(self, measure: str) -> dict[str, Any]:
-        """How many items a measure takes, and how: arguments of the function of that name."""
+    def arguments(self, measure: str) -> dict[str, Any]:
+        """How many items a measure takes and how, as arguments of the function that takes it."""
         names = {"limit", "batch_size"} | ({"batch_tokens", "workers"} if measure == "accuracy" else set())
         return self.model_dump(include=names)
 

@@ -101,7 +101,7 @@ def report(
         recipes.evaluate.EvaluationError: There is nothing to measure.
         recipes.data.task.TaskError: A dataset is missing or does not suit the teacher.
     """
-    judges = recipe.judged_by or [Judge(task=recipe.data.task, options=recipe.data.options)]
+    judges = recipe.judged_by or [Judge(**recipe.data.model_dump())]
     if limit is not None:
         judges = [judge.model_copy(update={"limit": limit}) for judge in judges]
     yardstick = teacher if isinstance(teacher, Yardstick) else Yardstick(teacher)
@@ -121,7 +121,7 @@ def _measured(
 ) -> Iterator[dict[str, Any]]:
     task = yardstick.task(judge)
     common = {"task": judge.label, "measure": measure}
-    sizes = judge.sizes(measure)
+    arguments = judge.arguments(measure)
     trivial: Mapping[str, float] = {}
     long_videos: Collection[str] | None = None
     if measure == "agreement":
@@ -129,11 +129,11 @@ def _measured(
         values = {"all": (1.0, found.agreement, found.tokens)}
         values |= {name: (1.0, group.accuracy, group.questions) for name, group in found.groups.items()}
     elif measure == "perplexity":
-        one, other = yardstick.perplexity(judge), perplexity(student, task, **sizes)
+        one, other = yardstick.perplexity(judge), perplexity(student, task, **arguments)
         values = {"all": (one.perplexity, other.perplexity, one.tokens)}
         values |= {n: (g.perplexity, other.groups[n].perplexity, g.tokens) for n, g in one.groups.items()}
     else:
-        first, second = yardstick.accuracy(judge), evaluate(student, task, **sizes)
+        first, second = yardstick.accuracy(judge), evaluate(student, task, **arguments)
         values = {"all": (first.accuracy, second.accuracy, first.questions)}
         values |= {n: (g.accuracy, second.groups[n].accuracy, g.questions) for n, g in first.groups.items()}
         trivial, long_videos = getattr(task, "trivial", {}), getattr(task, "long_videos", None)

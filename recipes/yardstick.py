@@ -56,5 +56,5 @@ class Yardstick:
     def _once(self, take: Callable[..., Score], judge: Judge, measure: str) -> Score:
         key = (measure, judge.model_dump_json(exclude={"name", "measures", "workers"}))
         if key not in self._scores:
-            self._scores[key] = take(self.teacher.model, self.task(judge), **judge.sizes(measure))
+            self._scores[key] = take(self.teacher.model, self.task(judge), **judge.arguments(measure))
         return self._scores[key]
