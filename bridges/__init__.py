@@ -19,7 +19,7 @@ from bridges.families import Clips, Family, families, register_family
 from bridges.new_weights import load_new_weights, save_new_weights
 from bridges.plan import LayerPlan, Report, plan
 from bridges.pretrained import load_pretrained
-from bridges.replace import attention_layers, replace_attention
+from bridges.replace import attention_layers, attention_twins, replace_attention
 from bridges.sharding import fp32_islands
 from bridges.transfer import Transfer
 
@@ -43,6 +43,7 @@ __all__ = [
     "UnsupportedAttentionError",
     "VersionError",
     "attention_layers",
+    "attention_twins",
     "families",
     "fp32_islands",
     "load_new_weights",

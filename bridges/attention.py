@@ -47,13 +47,10 @@ class MixerAttention(nn.Module):
         is in the layout. A cache (``layer_past`` is GPT-NeoX's name of it) is written unless gradients
         are being recorded for training.
         """
-        layout = linmu_layout
-        if position_embeddings is not None and position_embeddings[0].ndim == 4:
-            cos, sin = position_embeddings
-            position_embeddings = (_joined(cos, self.sections), _joined(sin, self.sections))
+        layout, rotary = linmu_layout, self._rotary(position_embeddings)
         cache = layer_past if past_key_values is None else past_key_values
         if cache is None or (self.training and torch.is_grad_enabled()):
-            return self.mixer(hidden_states, layout, position_embeddings), None
+            return self.mixer(hidden_states, layout, rotary), None
         layer = mixer_layer(cache, self.layer_idx)
         if not layer.is_initialized:
             with torch.inference_mode(False):  # or the state could not be updated outside of that mode
@@ -62,10 +59,33 @@ class MixerAttention(nn.Module):
                 )
             layer.is_initialized = True
         state = state_on(layer, hidden_states.device)
-        output = self.mixer(hidden_states, layout, position_embeddings, state)
+        output = self.mixer(hidden_states, layout, rotary, state)
         layer.state = state
         layer.seen += hidden_states.shape[1]
         return output, None
+
+    def attention_weights(
+        self,
+        queries: Tensor,
+        hidden_states: Tensor,
+        position_embeddings: Rotary | None = None,
+        *args: Any,
+        linmu_layout: TokenLayout | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Tell how much of each token's value is in the outputs of ``queries``, int [B, Q]: fp32 [B, H, Q, N].
+
+        The other arguments are those of ``forward``; see :meth:`mixers.TokenMixer.attention_weights`.
+        """
+        return self.mixer.attention_weights(
+            hidden_states, queries, linmu_layout, self._rotary(position_embeddings)
+        )
+
+    def _rotary(self, given: Rotary | None) -> Rotary | None:
+        if given is None or given[0].ndim != 4:
+            return given
+        cos, sin = given
+        return _joined(cos, self.sections), _joined(sin, self.sections)
 
 
 def rotary_sections(text_config: Any) -> tuple[int, ...]:

@@ -52,13 +52,33 @@ def replace_attention(
     family, attentions = find_attention(model)
     record = surgery_record(report, len(attentions), teacher_name(model))
     decoder_layers = family.layers(model)
-    sections = rotary_sections(model.config.get_text_config(decoder=True))
+    sections = _sections(model)
     for row in report.layers:  # one at a time, so that no more than one layer's weights are held twice
         built = _build(row, attentions[row.index], family, init, sections)
         setattr(decoder_layers[row.index], family.attention_name, built)
         attentions[row.index] = built
     become_converted(model, family, record)
     return report
+
+
+def attention_twins(model: PreTrainedModel) -> dict[int, MixerAttention]:
+    """Return decoder layer index → an ``attention`` mixer that does what the layer's attention does.
+
+    The model is not changed. The twins hold its own projections, or parts of fused ones, and can tell their
+    attention weights, which a model's own attention does not keep.
+
+    Args:
+        model: A Hugging Face model that is not converted.
+
+    Raises:
+        BridgeError: As :func:`plan` says.
+    """
+    report = plan(model, "attention")
+    family, attentions = find_attention(model)
+    return {
+        row.index: _build(row, attentions[row.index], family, report.init, _sections(model))
+        for row in report.layers
+    }
 
 
 def attention_layers(model: Any) -> dict[int, nn.Module]:
@@ -73,6 +93,10 @@ def attention_layers(model: Any) -> dict[int, nn.Module]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = family_for(base)
     return {i: family.attention(layer) for i, layer in enumerate(family.layers(base))}
+
+
+def _sections(model: PreTrainedModel) -> tuple[int, ...]:
+    return rotary_sections(model.config.get_text_config(decoder=True))
 
 
 def _build(

@@ -14,6 +14,7 @@ from mixers.layout import TokenLayout
 from mixers.registry import register
 from mixers.rotary import apply_rotary
 from mixers.softmax import softmax_attention
+from mixers.weights import attention_weights, causal_seen
 
 QUERIES_AT_ONCE = 512
 
@@ -77,6 +78,24 @@ class Attention(TokenMixer):
                 valid = None
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return self._attend(q, k, v, valid, layout, past).transpose(1, 2), None
+
+    @property
+    def averages(self) -> bool:
+        """True."""
+        return True
+
+    def weigh_heads(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        queries: Tensor,
+        layout: TokenLayout,
+        rotary: Rotary | None,
+    ) -> Tensor:
+        """Weigh all earlier tokens; see :meth:`TokenMixer.weigh_heads`."""
+        seen = causal_seen(layout, queries, window=self.config.window, to_end=self.config.bidirectional)
+        return attention_weights(q, k, queries, seen, rotary, scale=self.scale, softcap=self.config.softcap)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, layout: TokenLayout, past: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
 from mixers.layout import TokenLayout
 from mixers.ops import weighted_sum
 from mixers.registry import get, register
+from mixers.weights import at
 
 SHARED_FIELDS = frozenset({"dim", "num_heads", "num_kv_heads", "head_dim", "qkv_bias", "out_bias"})
 
@@ -134,6 +135,28 @@ class Gated(TokenMixer):
         """Mix with the projections of an enclosing gated mixer; see :meth:`TokenMixer.mix_heads`."""
         return _mixed(*self._branches(x, (q, k, v), layout, rotary, state)), None
 
+    @property
+    def averages(self) -> bool:
+        """Whether the branches share their projections, and those that take part average."""
+        return self.config.share_projections and all(branch.averages for _, branch in self._active())
+
+    def weigh_heads(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        queries: Tensor,
+        layout: TokenLayout,
+        rotary: Rotary | None,
+    ) -> Tensor:
+        """Gate the branches' weights; see :meth:`TokenMixer.weigh_heads`."""
+        weights = {
+            name: branch.weigh_heads(x, q, k, queries, layout, rotary) for name, branch in self._active()
+        }
+        absent = {name: (w == 0).all(3).all(1) for name, w in weights.items()}
+        gates = self._weights(at(x, queries), weights, absent)
+        return functools.reduce(torch.add, (gates[name].transpose(1, 2) * w for name, w in weights.items()))
+
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> MixerState:
@@ -146,9 +169,13 @@ class Gated(TokenMixer):
 
     def prepare(self, layout: TokenLayout, *, cached: bool = False) -> None:
         """Make the tables of all active branches; see :meth:`TokenMixer.prepare`."""
-        for name, branch in self.branches.items():
-            if self.config.active is None or name in self.config.active:
-                branch.prepare(layout, cached=cached)
+        for _, branch in self._active():
+            branch.prepare(layout, cached=cached)
+
+    def _active(self) -> list[tuple[str, TokenMixer]]:
+        """Name and mixer of the branches that take part."""
+        chosen = self.config.active
+        return [(name, branch) for name, branch in self.branches.items() if chosen is None or name in chosen]
 
     def _branches(
         self,
@@ -161,9 +188,7 @@ class Gated(TokenMixer):
         """Outputs of the active branches, and their weights."""
         outputs: dict[str, Tensor] = {}
         absent: dict[str, Tensor | None] = {}
-        for name, branch in self.branches.items():
-            if self.config.active is not None and name not in self.config.active:
-                continue
+        for name, branch in self._active():
             own = None if state is None else _substate(state, name)
             q, k, v = branch.project(x) if shared is None else shared
             outputs[name], covered = branch.mix_heads(x, q, k, v, layout, rotary, own)
@@ -173,7 +198,7 @@ class Gated(TokenMixer):
         return outputs, self._weights(x, outputs, absent)
 
     def _weights(
-        self, x: Tensor, outputs: dict[str, Tensor], absent: dict[str, Tensor | None]
+        self, x: Tensor, outputs: Iterable[str], absent: Mapping[str, Tensor | None]
     ) -> dict[str, Tensor]:
         """Softmax over the branches present at a token, the last branch's logit being 0; [B, N, H or 1, 1]."""
         logits = self.gate(x).unflatten(-1, (len(self.branches) - 1, -1)).unbind(2)

@@ -220,6 +220,64 @@ class TokenMixer(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def averages(self) -> bool:
+        """Whether each head gives an average of values, so that :meth:`attention_weights` can tell of which."""
+        return False
+
+    def attention_weights(
+        self, x: Tensor, queries: Tensor, layout: TokenLayout | None = None, rotary: Rotary | None = None
+    ) -> Tensor:
+        """Tell how much of each token's value is in some outputs.
+
+        Time and memory are those of Q·N weights a head, for ``forward`` does not make them.
+
+        Args:
+            x: [B, N, D].
+            queries: int [B, Q], the tokens whose outputs are asked about.
+            layout: As for :meth:`forward`.
+            rotary: Likewise.
+
+        Returns:
+            fp32 or wider [B, H, Q, N]. Of a valid token they are not negative and sum to 1, or are all 0 where the
+            mixer has nothing for it; of padding they are unspecified but finite. The values that they
+            weigh are those after a short convolution, and a skip is left out.
+
+        Raises:
+            ConfigError: The mixer is no average, as :attr:`averages` says.
+            ShapeError: As :meth:`forward`, or ``queries`` is not int [B, Q] of tokens.
+            LayoutError: As :meth:`forward`.
+        """
+        if not self.averages:
+            raise ConfigError(
+                f"{type(self).__name__} with these settings gives no average of values, so it has no attention "
+                "weights; softmax attention has, and scans with normalizer='denominator', and gated mixers of "
+                "these whose branches share their projections."
+            )
+        layout = self._check_call(x, layout, rotary, None)
+        if queries.ndim != 2 or len(queries) != len(x) or queries.is_floating_point():
+            raise ShapeError(
+                f"queries must be int [{len(x)}, Q], found {queries.dtype} {list(queries.shape)}."
+            )
+        if not queries.is_cuda and bool(((queries < 0) | (queries >= x.shape[1])).any()):  # no wait for a GPU
+            raise ShapeError(f"queries must be tokens, from 0 to {x.shape[1] - 1}, found others.")
+        if layout.padding is not None:
+            x = x.masked_fill(layout.padding[..., None], 0)
+        q, k, _ = self.project(x)
+        return self.weigh_heads(x, q, k, queries.long(), layout, rotary)
+
+    def weigh_heads(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        queries: Tensor,
+        layout: TokenLayout,
+        rotary: Rotary | None,
+    ) -> Tensor:
+        """Return the weights by which :meth:`mix_heads` averages; see :meth:`attention_weights`."""
+        raise NotImplementedError
+
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> MixerState:

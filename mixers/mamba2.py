@@ -17,6 +17,7 @@ from mixers.layout import Scan, TokenLayout
 from mixers.ops import feature_map, short_conv, ssd, ssd_step
 from mixers.registry import register
 from mixers.rotary import apply_rotary
+from mixers.weights import at, scan_weights
 
 
 @dataclass(kw_only=True)
@@ -109,7 +110,7 @@ class Mamba2(TokenMixer):
         """Scan; see :meth:`TokenMixer.mix_heads`."""
         scan = self._scan(layout)
         if self.config.conv_size:
-            q, k, v = self._convolve(q, k, v, layout, scan, state)
+            q, k, v = self._convolve((q, k, v), layout, scan, state)
         if self.config.rotary and rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         c, b = self._features(q, k)
@@ -150,6 +151,31 @@ class Mamba2(TokenMixer):
             state["ssd"].copy_(final.detach())
         return y, None
 
+    @property
+    def averages(self) -> bool:
+        """Whether the normaliser is a denominator."""
+        return self.config.normalizer == "denominator"
+
+    def weigh_heads(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        queries: Tensor,
+        layout: TokenLayout,
+        rotary: Rotary | None,
+    ) -> Tensor:
+        """Weigh by features and decays; see :meth:`TokenMixer.weigh_heads`."""
+        scan = self._scan(layout)
+        if self.config.conv_size:
+            q, k = self._convolve((q, k), layout, scan, None)
+        q = at(q, queries)
+        if self.config.rotary and rotary is not None:
+            cos, sin = rotary
+            q, k = apply_rotary(q, at(cos, queries), at(sin, queries)), apply_rotary(k, cos, sin)
+        c, b = self._features(q, k)
+        return scan_weights(c, b, self.decay(x), self._backward_decay(x, layout), scan, queries)
+
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> MixerState:
@@ -176,10 +202,10 @@ class Mamba2(TokenMixer):
         return None
 
     def _convolve(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scan: Scan, state: MixerState | None
+        self, heads: tuple[Tensor, ...], layout: TokenLayout, scan: Scan, state: MixerState | None
     ) -> tuple[Tensor, ...]:
         """Convolve q, k and v: on a GPU each where it stands, since joining more than a token would cost a copy."""
-        parts = [t.flatten(2) for t in (q, k, v)]
+        q, parts = heads[0], [t.flatten(2) for t in heads]
         widths = [t.shape[2] for t in parts]
         joined = q.shape[1] == 1 or not q.is_cuda
         if joined:
@@ -195,7 +221,7 @@ class Mamba2(TokenMixer):
             histories = history.split(sizes, dim=2)
         mixed: Sequence[Tensor] = [
             short_conv(part, weight, scan=scan, history=before)
-            for part, weight, before in zip(parts, self.conv_weight.split(sizes), histories)
+            for part, weight, before in zip(parts, self.conv_weight[: sum(sizes)].split(sizes), histories)
         ]
         if joined:
             mixed = mixed[0].split(widths, dim=2)

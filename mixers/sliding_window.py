@@ -12,6 +12,7 @@ from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
 from mixers.layout import TokenLayout
 from mixers.recent import init_recent, prepare_recent, recent_attention
 from mixers.registry import register
+from mixers.weights import attention_weights, recent_seen
 
 
 @dataclass(kw_only=True)
@@ -65,6 +66,30 @@ class SlidingWindow(TokenMixer):
             sinks=self.config.sinks,
         )
         return y, None
+
+    @property
+    def averages(self) -> bool:
+        """True."""
+        return True
+
+    def weigh_heads(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        queries: Tensor,
+        layout: TokenLayout,
+        rotary: Rotary | None,
+    ) -> Tensor:
+        """Weigh the tokens of a window; see :meth:`TokenMixer.weigh_heads`."""
+        seen = recent_seen(
+            layout,
+            queries,
+            window=self.config.window,
+            sinks=self.config.sinks,
+            grid_windows=None,
+        )
+        return attention_weights(q, k, queries, seen, rotary, scale=self.scale, softcap=self.config.softcap)
 
     def prepare(self, layout: TokenLayout, *, cached: bool = False) -> None:
         """Make the window; see :meth:`TokenMixer.prepare`."""

@@ -13,6 +13,7 @@ from mixers.layout import TokenLayout
 from mixers.ops import block_attention
 from mixers.recent import init_recent, prepare_recent, recent_attention
 from mixers.registry import register
+from mixers.weights import attention_weights, recent_seen
 
 
 @dataclass(kw_only=True)
@@ -93,6 +94,30 @@ class Swin3D(TokenMixer):
             return torch.zeros_like(q), torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         y = block_attention(q, k, v, windows, scale=self.scale, rotary=rotary, softcap=self.config.softcap)
         return y, covered
+
+    @property
+    def averages(self) -> bool:
+        """True."""
+        return True
+
+    def weigh_heads(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        queries: Tensor,
+        layout: TokenLayout,
+        rotary: Rotary | None,
+    ) -> Tensor:
+        """Weigh the tokens of a window; see :meth:`TokenMixer.weigh_heads`."""
+        seen = recent_seen(
+            layout,
+            queries,
+            window=self.config.text_window,
+            sinks=self.config.sinks,
+            grid_windows=(self.config.window, self._shifted),
+        )
+        return attention_weights(q, k, queries, seen, rotary, scale=self.scale, softcap=self.config.softcap)
 
     def prepare(self, layout: TokenLayout, *, cached: bool = False) -> None:
         """Make the windows; see :meth:`TokenMixer.prepare`."""

@@ -14,7 +14,6 @@ forward without it, such as an evaluation between two steps, is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +44,7 @@ class Trace:
         logits: Those of the last token [B, V].
         inputs: Layer index → input of its attention [B, N, D].
         outputs: Layer index → output of its attention, or of the layer.
-        losses: Layer index → loss, while the student runs; None afterwards.
+        losses: Loss → layer index → its value, while the student runs; None afterwards.
     """
 
     valid: Tensor
@@ -53,28 +52,46 @@ class Trace:
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     inputs: dict[int, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
-    losses: dict[int, Tensor] | None = field(default_factory=dict)
+    losses: dict[str, dict[int, Tensor]] | None = field(default_factory=dict)
+    _drawn: tuple[Tensor, Tensor] | None = None
 
     def compare(self, index: int, output: Tensor, vision: Tensor | None = None) -> None:
         """Measure the student's output at a layer; where ``vision`` [B, N] is given, of these tokens and text apart."""
         kinds = (self.valid,) if vision is None else (self.valid & ~vision, self.valid & vision)
-        loss = hidden_state_loss(output, self.outputs[index], *kinds)
-        if self.losses is not None:
-            self.losses[index] = loss
+        self.note("hidden_states", index, hidden_state_loss(output, self.outputs[index], *kinds))
 
-    def finish(self) -> Tensor:
-        """Return the loss averaged over layers, when the student has run.
+    def draw(self, count: int, vision: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Draw text tokens of each row at random, once: int [B, Q], and bool [B, Q] which of them are."""
+        if self._drawn is None:
+            text = self.valid if vision is None else self.valid & ~vision
+            lots = torch.rand(text.shape, device=text.device).masked_fill(~text, -1)
+            drawn = lots.topk(min(count, lots.shape[1]))
+            self._drawn = drawn.indices, drawn.values >= 0
+        return self._drawn
+
+    def note(self, name: str, index: int, loss: Tensor) -> None:
+        """Keep a loss of a layer, unless the student has run."""
+        if self.losses is not None:
+            self.losses.setdefault(name, {})[index] = loss
+
+    def finish(self, *names: str) -> dict[str, Tensor]:
+        """Return the named losses averaged over layers, when the student has run.
 
         Raises:
             LossError: No layer was compared.
         """
-        losses, self.losses = self.losses, None
-        if not losses:
+        found = {name: self.by_layer(name) for name in names}
+        self.losses = None
+        if not all(found.values()):
             raise LossError(
-                "no layer was compared: the model does not pass keyword arguments on to its layers, so its hidden "
-                "states cannot be aligned."
+                "no layer was compared: the model does not pass keyword arguments on to its layers, so they "
+                "cannot be aligned with its teacher's."
             )
-        return torch.stack(list(losses.values())).mean()
+        return {name: torch.stack(list(losses.values())).mean() for name, losses in found.items()}
+
+    def by_layer(self, name: str) -> dict[int, Tensor]:
+        """Return layer index → a loss, of the layers that have run so far."""
+        return (self.losses or {}).get(name, {})
 
 
 class TeacherTrace:
@@ -84,19 +101,29 @@ class TeacherTrace:
         teacher: The frozen teacher.
         student: The converted student; its converted layers are the ones recorded.
         alignment: Settings of the hidden-state loss, None where a stage has none.
+        inputs: Whether the inputs of attention are recorded, though the alignment does not ask for them.
     """
 
-    def __init__(self, teacher: PreTrainedModel, student: nn.Module, alignment: HiddenStates | None) -> None:
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        student: nn.Module,
+        alignment: HiddenStates | None,
+        *,
+        inputs: bool = False,
+    ) -> None:
         self.teacher = teacher
         self.trace: Trace | None = None
         self.handles = [teacher.get_decoder().register_forward_hook(self._keep_hidden)]
-        if alignment is None:
-            return
         attention = bridges.attention_layers(teacher)
-        modules = attention if alignment.at == "attention" else _layers_of(teacher, attention)
+        inputs = inputs or (alignment is not None and alignment.form == "injected")
         for index in converted_attention(student):
-            hook = _Recorder(self, index, inputs=alignment.form == "injected")
-            self.handles.append(modules[index].register_forward_hook(hook, with_kwargs=True))
+            if inputs:
+                self._record(attention[index], _Input(self, index))
+            if alignment is not None:
+                of_layer = alignment.at == "layer"
+                module = _layer_of(teacher, attention[index]) if of_layer else attention[index]
+                self._record(module, _Output(self, index))
 
     def __call__(self, batch: Batch) -> Trace:
         """Run the teacher on a batch without labels."""
@@ -112,6 +139,9 @@ class TeacherTrace:
         """Remove the hooks."""
         _remove(self.handles)
 
+    def _record(self, module: nn.Module, hook: _Recorder) -> None:
+        self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
     def _keep_hidden(self, decoder: nn.Module, args: Any, output: Any) -> None:
         if self.trace is not None:
             self.trace.hidden = output[0]
@@ -123,14 +153,26 @@ class _Recorder:
 
     owner: TeacherTrace
     index: int
-    inputs: bool
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        trace = self.owner.trace
-        if trace is None:
-            return
-        if self.inputs:
-            trace.inputs[self.index] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if self.owner.trace is not None:
+            self.record(self.owner.trace, args, kwargs, output)
+
+    def record(self, trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        raise NotImplementedError
+
+
+class _Input(_Recorder):
+    """Keeps what went in."""
+
+    def record(self, trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        trace.inputs[self.index] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+class _Output(_Recorder):
+    """Keeps what came out."""
+
+    def record(self, trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         trace.outputs[self.index] = _first(output)
 
 
@@ -145,9 +187,8 @@ class Alignment:
 
     def __init__(self, student: nn.Module, settings: HiddenStates, own_stream: bool) -> None:
         self.handles: list[RemovableHandle] = []
-        attention = converted_attention(student)
-        modules = attention if settings.at == "attention" else _layers_of(student, attention)
-        for index, module in modules.items():
+        for index, attention in converted_attention(student).items():
+            module = attention if settings.at == "attention" else _layer_of(student, attention)
             apart = settings.kinds == "apart"
             if settings.form == "chained":
                 after: _Chained = _Chained(index, apart)
@@ -192,7 +233,7 @@ class _Injected(_Chained):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         trace = kwargs.get(TRACE)
-        return (args, kwargs) if trace is None else _with_input(args, kwargs, trace.inputs[self.index])
+        return (args, kwargs) if trace is None else with_input(args, kwargs, trace.inputs[self.index])
 
     def compare(
         self, trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -207,20 +248,20 @@ class _Beside(_Chained):
     def compare(
         self, trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        args, kwargs = _with_input(args, kwargs, trace.inputs[self.index])
+        args, kwargs = with_input(args, kwargs, trace.inputs[self.index])
         self.measure(trace, kwargs, module.forward(*args, **kwargs))
 
 
-def _layers_of(model: nn.Module, attention: Mapping[int, nn.Module]) -> dict[int, nn.Module]:
-    """Return the decoder layer that holds each attention module."""
-    modules = dict(model.named_modules())
-    names = {id(module): name for name, module in modules.items()}
-    return {index: modules[names[id(module)].rpartition(".")[0]] for index, module in attention.items()}
+def _layer_of(model: nn.Module, attention: nn.Module) -> nn.Module:
+    """Return the decoder layer that holds an attention module."""
+    name = next(name for name, module in model.named_modules() if module is attention)
+    return model.get_submodule(name.rpartition(".")[0])
 
 
-def _with_input(
+def with_input(
     args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of an attention module's forward with another input."""
     if "hidden_states" in kwargs:
         return args, {**kwargs, "hidden_states": hidden}
     return (hidden, *args[1:]), kwargs

@@ -56,6 +56,23 @@ class _RelativeDistance(torch.autograd.Function):
         return (error * weight).masked_fill_(~kinds.any(0)[..., None], 0), None, None
 
 
+def attention_weights_loss(student: Tensor, teacher: Tensor, asked: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of attention weights over tokens, averaged over heads and queries.
+
+    Args:
+        student: fp32 or wider [B, H, Q, N], as :meth:`mixers.TokenMixer.attention_weights` gives.
+        teacher: [B, H, Q, N].
+        asked: bool [B, Q], the queries that count.
+
+    Returns:
+        Scalar; 0 if no query counts.
+    """
+    least = torch.finfo(student.dtype).tiny
+    terms = teacher * (teacher.clamp_min(least).log() - student.clamp_min(least).log())
+    by_query = terms.sum(-1).mean(1).masked_fill(~asked, 0)
+    return by_query.sum() / asked.sum().clamp_min(1)
+
+
 def token_kd(
     student_head: nn.Module,
     teacher_head: nn.Module,

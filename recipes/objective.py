@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recipes.alignment import TRACE, Alignment, TeacherTrace, Trace
+from recipes.attention_transfer import AttentionTransfer
 from recipes.data.task import Batch
 from recipes.losses import (
     OutputHead,
@@ -88,10 +89,16 @@ class Objective:
     ) -> None:
         self.losses, self.student, self.autocast = losses, student, autocast
         self.values: dict[str, Tensor] = {}
-        hidden, kd = losses.hidden_states, losses.token_kd
-        own_stream = bool(set(losses.weights) - {"hidden_states"})
-        self.alignment = None if hidden is None else Alignment(student, hidden, own_stream)
-        self.teacher = None if hidden is None and kd is None else TeacherTrace(teacher, student, hidden)
+        hidden, attention, kd = losses.hidden_states, losses.attention_weights, losses.token_kd
+        own_stream = losses.of_predictions
+        self.aligned: dict[str, Alignment | AttentionTransfer] = {}
+        if attention is not None:
+            self.aligned["attention_weights"] = AttentionTransfer(teacher, student, attention)
+        if hidden is not None:
+            self.aligned["hidden_states"] = Alignment(student, hidden, own_stream)
+        self.teacher = None
+        if self.aligned or kd is not None:
+            self.teacher = TeacherTrace(teacher, student, hidden, inputs=attention is not None)
         self.vision = SharedVision(teacher, student)
         self.token_losses: dict[str, TokenLoss] = {}
         self._unchecked: list[tuple[PreTrainedModel, OutputHead, bool]] = []
@@ -128,7 +135,7 @@ class Objective:
         if self.teacher is not None:
             with self.autocast(), self.vision.recorded():
                 trace = self.teacher(inputs)
-        if self.alignment is not None:
+        if self.aligned:
             kwargs[TRACE] = trace
         self._pass = _Pass(batch, counts, scale, trace, torch.empty(0))
         try:
@@ -139,7 +146,7 @@ class Objective:
 
     def close(self) -> None:
         """Remove all hooks from student and teacher."""
-        for part in (self.alignment, self.teacher):
+        for part in (*self.aligned.values(), self.teacher):
             if part is not None:
                 part.close()
         for handle in self._handles:
@@ -162,8 +169,9 @@ class Objective:
 
     def _measure(self, now: _Pass) -> dict[str, Tensor]:
         values = {}
-        if self.alignment is not None:
-            values["hidden_states"] = now.trace.finish() / now.counts[MICRO_BATCHES]
+        if self.aligned:
+            for name, loss in now.trace.finish(*self.aligned).items():
+                values[name] = loss / now.counts[MICRO_BATCHES]
         for name, mask in token_masks(self.losses, now.batch).items():
             values[name] = now.scale * self.token_losses[name](now, mask, now.counts[name])
         return values

@@ -173,6 +173,22 @@ class HiddenStates(Weighted):
         return self
 
 
+class AttentionWeights(Weighted):
+    """Attention transfer (LoLCATs, arXiv 2410.10254): KL(teacher ‖ student) of weights on the teacher's input.
+
+    Outputs alone hardly teach a scan which tokens to tell apart. The mixer's weights are those of all its branches,
+    gate included. Those of text are compared, since vision tokens of a student look both ways and a teacher's do not.
+
+    Args:
+        weight: Factor of this loss in the sum.
+        queries: Text tokens of a row, drawn at random for each batch, whose weights are compared. Memory grows
+            with them: a few fp32 tensors of heads · queries · tokens a layer.
+    """
+
+    term: ClassVar[str] = "attention_weights"
+    queries: Count = 32
+
+
 class TokenKD(Weighted):
     """Token-level distillation: T²·KL(teacher ‖ student) of the next-token distributions.
 
@@ -212,6 +228,7 @@ class Losses(Part):
 
     term: ClassVar[str] = "losses"
     hidden_states: HiddenStates | None = None
+    attention_weights: AttentionWeights | None = None
     token_kd: TokenKD | None = None
     sequence_kd: SequenceKD | None = None
     task: TaskLoss | None = None
@@ -221,6 +238,11 @@ class Losses(Part):
         if not self.weights:
             raise ValueError(f"a stage needs a loss: one of {', '.join(type(self).model_fields)}")
         return self
+
+    @property
+    def of_predictions(self) -> bool:
+        """Whether a loss is about next tokens, and so needs the student's own stream and its output head."""
+        return bool(self.weights.keys() - {"hidden_states", "attention_weights"})
 
     @property
     def weights(self) -> dict[str, float]:

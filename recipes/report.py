@@ -179,7 +179,7 @@ def _errors(
                 del batch["labels"]
                 trace = recorder(batch)
                 student(**batch, **{TRACE: trace}, use_cache=False, logits_to_keep=1)
-                for index, loss in (trace.losses or {}).items():
+                for index, loss in trace.by_layer("hidden_states").items():
                     sums[index] = sums.get(index, 0.0) + float(loss) / len(items)
     finally:
         recorder.close()

@@ -165,23 +165,33 @@ def _check_branches(stage: Stage, student: nn.Module) -> None:
 
 def _check_losses(stage: Stage, student: Any, selection: Selection) -> None:
     losses = stage.losses
-    if losses.hidden_states is not None and not converted_attention(student):
-        raise LossError(
-            f"stage {stage.name!r} aligns hidden states, but no layer of the student is converted."
-        )
-    if set(losses.weights) - {"hidden_states"}:
+    converted = converted_attention(student)
+    for name in ("hidden_states", "attention_weights"):
+        if name in losses.weights and not converted:
+            raise LossError(
+                f"stage {stage.name!r} aligns {name.replace('_', ' ')}, but no layer of the student is converted."
+            )
+    if losses.attention_weights is not None:
+        for index, attention in converted.items():
+            if not attention.mixer.averages:
+                raise LossError(
+                    f"stage {stage.name!r} aligns attention weights, but the {type(attention.mixer).__name__} of "
+                    f"layer {index} has none: it gives no average of values. Take the loss out, or a mixer that "
+                    "does, such as 'mmate' (normalizer: denominator, share_projections: true)."
+                )
+    if losses.of_predictions:
         if student.get_output_embeddings() is None:
             raise LossError(
                 f"stage {stage.name!r} needs next-token predictions, but {type(student).__name__} has no output "
                 "head; load it as a model for generation."
             )
         return
-    if losses.hidden_states is not None and losses.hidden_states.form == "injected":
+    if losses.hidden_states is None or losses.hidden_states.form == "injected":
         inside = _mixer_parameters(student)
         outside = [name for name, p in selection.trained.items() if id(p) not in inside]
         outside += [name for name, linear in selection.linears.items() if id(linear.weight) not in inside]
         if outside:
             raise LossError(
-                f"stage {stage.name!r}: injected alignment reaches the mixers alone, so {outside[0]} (and "
-                f"{len(outside) - 1} more) would never change; freeze them or add another loss."
+                f"stage {stage.name!r}: alignment on the teacher's inputs reaches the mixers alone, so {outside[0]} "
+                f"(and {len(outside) - 1} more) would never change; freeze them or add another loss."
             )

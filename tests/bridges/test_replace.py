@@ -208,3 +208,30 @@ def test_new_weights_stand_where_a_loaded_model_does(tmp_path: Path) -> None:
     finally:
         _device._device_constructors.cache_clear()
     assert not [name for name, p in model.named_parameters() if not p.is_meta]
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_twins_weigh_as_the_models_own_attention_does(family: str) -> None:
+    """Against what transformers tells of its eager attention, and with the model left as it was."""
+    teacher = models.teacher(family)
+    inputs = models.batch(family)
+    passed: dict[int, Any] = {}
+    student = models.converted(family, "attention")
+    for index, layer in bridges.attention_layers(student).items():
+        layer.register_forward_pre_hook(
+            lambda m, a, k, index=index: passed.update({index: (a, k)}), with_kwargs=True
+        )
+    with torch.no_grad():
+        student(**inputs, use_cache=False)
+        twins = bridges.attention_twins(teacher)
+        teacher.set_attn_implementation("eager")
+        told = teacher(**inputs, use_cache=False, output_attentions=True).attentions
+        valid = inputs["attention_mask"].bool()
+        every = torch.arange(valid.shape[1]).expand(len(valid), -1)
+        for index, weights in enumerate(told):
+            args, kwargs = passed[index]
+            found = twins[index].attention_weights(every, *args, **kwargs)
+            assert_close(f"layer {index}", weights.transpose(1, 2)[valid], found.transpose(1, 2)[valid], 1e-5)
+    assert not any(
+        isinstance(layer, bridges.MixerAttention) for layer in bridges.attention_layers(teacher).values()
+    )

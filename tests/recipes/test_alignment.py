@@ -45,8 +45,8 @@ def align(kind, form, checkpointing=False, teacher_and_student=None):
     recorder, alignment = TeacherTrace(teacher, student, settings), Alignment(student, settings, own_stream)
     trace = recorder(inputs)
     logits = student(**inputs, use_cache=False, **{TRACE: trace}).logits
-    layers = {index: loss.detach() for index, loss in trace.losses.items()}
-    trace.finish().backward()
+    layers = {index: loss.detach() for index, loss in trace.by_layer("hidden_states").items()}
+    trace.finish("hidden_states")["hidden_states"].backward()
     alignment.close()
     recorder.close()
     return layers, logits, student
@@ -133,7 +133,7 @@ def test_kinds_apart_are_averaged_each_by_itself():
     recorder, alignment = TeacherTrace(teacher, student, settings), Alignment(student, settings, True)
     trace = recorder(inputs)
     student(**inputs, use_cache=False, **{TRACE: trace})
-    for index, loss in trace.losses.items():
+    for index, loss in trace.by_layer("hidden_states").items():
         apart = [hidden_state_loss(own[index], theirs[index], kind) for kind in (valid & ~vision, vision)]
         torch.testing.assert_close(loss, sum(apart) / 2)
         assert not torch.isclose(*apart, rtol=1e-3)

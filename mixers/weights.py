@@ -1,0 +1,179 @@
+"""How much of each token's value is in some outputs: the weights of attention and of scans, written out.
+
+Mixers never write them out, since N outputs of N tokens are N² numbers; of Q outputs they are Q·N.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixers.interface import Rotary
+from mixers.layout import Grid, Scan, TokenLayout
+from mixers.ops.ssd.reference import Decay
+from mixers.precision import without_autocast
+from mixers.rotary import apply_rotary
+from mixers.softmax import softmax_weights
+
+
+def at(table: Tensor, tokens: Tensor) -> Tensor:
+    """Return rows ``tokens`` [B, Q] of a table [B or 1, N, …]: [B, Q, …]."""
+    row = torch.arange(len(tokens), device=tokens.device)[:, None]
+    return table.expand(len(tokens), *table.shape[1:])[row, tokens]
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    queries: Tensor,
+    seen: Tensor,
+    rotary: Rotary | None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Weights of softmax attention.
+
+    Args:
+        q: [B, N, H, P].
+        k: [B, N, G, P].
+        queries: int [B, Q], the tokens whose outputs are asked about.
+        seen: bool [B, Q, N], the tokens that they look at.
+        rotary: What q and k are rotated by first.
+        scale: Factor on query·key.
+        softcap: Bound of the scores.
+
+    Returns:
+        fp32 or wider [B, H, Q, N]; zero where a query looks at nothing.
+    """
+    q = at(q, queries)
+    if rotary is not None:
+        cos, sin = rotary
+        q, k = apply_rotary(q, at(cos, queries), at(sin, queries)), apply_rotary(k, cos, sin)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    return softmax_weights(q, k, seen[:, None], scale=scale, softcap=softcap)[0]
+
+
+def scan_weights(
+    c: Tensor,
+    b: Tensor,
+    decay: Decay,
+    backward_decay: Decay | None,
+    scan: Scan,
+    queries: Tensor,
+) -> Tensor:
+    """Weights of :func:`mixers.ops.ssd` with a denominator.
+
+    Args:
+        c: [B, Q, H, K], of the queries alone.
+        b: [B, N, G, K], in token order, as are the decays.
+        decay: (log_a, dt), each [B, N, E].
+        backward_decay: Likewise; None: one direction only.
+        scan: Reading order.
+        queries: int [B, Q], the tokens whose outputs are asked about.
+
+    Returns:
+        fp32 or wider [B, H, Q, N].
+    """
+    heads, groups = c.shape[2], b.shape[2]
+    wide = torch.promote_types(c.dtype, torch.float32)
+    valid = scan.valid if scan.valid is not None else torch.ones_like(b[:, :, 0, 0], dtype=torch.bool)
+    asked = queries if scan.inverse is None else at(scan.inverse, queries)
+    step = torch.arange(b.shape[1], device=b.device)
+    within = valid[:, None].expand(-1, queries.shape[1], -1)
+    if scan.sequence is not None:
+        within = within & (at(scan.sequence, asked)[..., None] == scan.sequence[:, None])
+
+    # Decays are read by step; the sums of their logs are wider than what they are made of.
+    before, dt = _read(decay, scan, valid)
+    factor = _passed(at(before, asked), before, dt, within & (step <= asked[..., None]), wide)
+    if backward_decay is not None and scan.vision is not None and scan.extent is not None:
+        read = valid & scan.vision
+        later = (step > asked[..., None]) & read[:, None] & at(read, asked)[..., None]
+        later = later & (at(scan.extent, asked)[..., None] == scan.extent[:, None])
+        after, dt = _read(backward_decay, scan, read)
+        after = after.roll(1, dims=1).index_fill(1, step[:1], 0)  # what a query itself forgets is counted
+        factor = factor + _passed(-at(after, asked), -after, dt, later, wide)
+    if scan.inverse is not None:
+        factor = factor.gather(3, scan.inverse[:, None, None].expand_as(factor))
+
+    with without_autocast(c.device):
+        c = c.to(wide).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        alike = (c @ b.to(wide).permute(0, 2, 3, 1)).unflatten(2, (heads // groups, -1)).flatten(1, 2)
+    weights = alike * factor.repeat_interleave(heads // factor.shape[1], dim=1)
+    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
+
+
+def recent_seen(
+    layout: TokenLayout, queries: Tensor, *, window: int, sinks: int, grid_windows: tuple[Grid, bool] | None
+) -> Tensor:
+    """Tell what some tokens look at in :func:`mixers.recent.recent_attention`, whose arguments these are.
+
+    Args:
+        layout: Where the tokens stand.
+        queries: int [B, Q].
+        window: Last tokens that a token looks at; 0: none.
+        sinks: First tokens of a sequence that it looks at besides.
+        grid_windows: (size, shifted) of the 3-D windows in which vision tokens look instead.
+
+    Returns:
+        bool [B, Q, N].
+    """
+    back = at(layout.rank, queries)[..., None] - layout.rank[:, None]
+    same = at(layout.number, queries)[..., None] == layout.number[:, None]
+    if layout.valid is not None:
+        same = same & layout.valid[:, None] & at(layout.valid, queries)[..., None]
+    first = (layout.rank < sinks)[:, None]
+    seen = (back >= 0) & ((back < window) | first)
+    vision = layout.vision
+    if grid_windows is not None and layout.clip is not None and vision is not None:
+        inside = at(vision, queries)[..., None]
+        seen = torch.where(inside, first & ~vision[:, None] & (back > 0), seen)
+        seen = seen | (inside & _same_window(layout, queries, *grid_windows))
+    return seen & same
+
+
+def causal_seen(
+    layout: TokenLayout, queries: Tensor, *, window: int | None = None, to_end: bool = False
+) -> Tensor:
+    """Tell what some tokens look at in softmax attention.
+
+    Args:
+        layout: Where the tokens stand.
+        queries: int [B, Q].
+        window: Last slots of the row that a token looks at; None: all.
+        to_end: Whether the tokens of a clip look as far as its end.
+
+    Returns:
+        bool [B, Q, N].
+    """
+    token = torch.arange(layout.length, device=queries.device)
+    end = at(layout.end, queries) if to_end else queries + 1
+    seen = token < end[..., None]
+    if window is not None:
+        seen = seen & (token > queries[..., None] - window)
+    if layout.sequence is not None:
+        seen = seen & (at(layout.sequence, queries)[..., None] == layout.sequence[:, None])
+    return seen if layout.valid is None else seen & layout.valid[:, None]
+
+
+def _same_window(layout: TokenLayout, queries: Tensor, size: Grid, shifted: bool) -> Tensor:
+    assert layout.clip is not None
+    assert layout.coords is not None
+    extent = torch.tensor(size, device=queries.device)
+    cell = torch.cat([layout.clip[..., None], (layout.coords + extent // 2 * shifted) // extent], dim=-1)
+    return (at(cell, queries)[:, :, None] == cell[:, None]).all(-1)
+
+
+def _read(decay: Decay, scan: Scan, read: Tensor) -> tuple[Tensor, Tensor]:
+    """By step: the sum of log_a as far as there, fp64, and dt, [B, N, E]; steps that are not read change nothing."""
+    log_a, dt = (t if scan.order is None else at(t, scan.order) for t in decay)
+    log_a, dt = (t.masked_fill(~read[..., None], 0) for t in (log_a, dt))
+    return log_a.double().cumsum(1), dt
+
+
+def _passed(own: Tensor, sums: Tensor, dt: Tensor, reached: Tensor, wide: torch.dtype) -> Tensor:
+    """What is kept of each step, [B, E, Q, N], of the sums at the queries [B, Q, E] and at all steps [B, N, E]."""
+    log = (own[:, :, None] - sums[:, None]).permute(0, 3, 1, 2).to(wide)
+    kept = log.masked_fill(~reached[:, None], float("-inf")).exp()
+    return kept * dt.to(wide).transpose(1, 2)[:, :, None]

@@ -1,0 +1,69 @@
+"""Attention transfer: what the student's mixers look at, against what the teacher's attention looks at.
+
+A scan whose output alone is compared learns slowly which tokens to tell apart; its weights say so directly
+(LoLCATs, arXiv 2410.10254). They are made for some queries of a row, so that time and memory stay O(N).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+import bridges
+from bridges.attention import LAYOUT_KWARG
+from recipes.alignment import TRACE, with_input
+from recipes.losses import attention_weights_loss
+from recipes.plan import AttentionWeights
+from recipes.selection import converted_attention
+
+
+class AttentionTransfer:
+    """Hooks that compare attention weights while the student runs with a :data:`recipes.alignment.TRACE`.
+
+    Both are given the teacher's input of the layer, whatever stream the student goes on with.
+
+    Args:
+        teacher: Not converted, frozen; it is not changed.
+        student: Its converted student, whose mixers average.
+        settings: How many queries.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, student: nn.Module, settings: AttentionWeights) -> None:
+        twins = bridges.attention_twins(teacher)
+        self.handles: list[RemovableHandle] = [
+            module.register_forward_hook(_Compared(index, twins[index], settings.queries), with_kwargs=True)
+            for index, module in converted_attention(student).items()
+        ]
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+@dataclass
+class _Compared:
+    """Forward hook on an attention module of the student."""
+
+    index: int
+    twin: bridges.MixerAttention
+    queries: int
+
+    def __call__(
+        self, module: bridges.MixerAttention, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if (trace := kwargs.get(TRACE)) is None:
+            return
+        args, kwargs = with_input(args, kwargs, trace.inputs[self.index])
+        layout = kwargs.get(LAYOUT_KWARG)
+        queries, asked = trace.draw(self.queries, None if layout is None else layout.vision)
+        with torch.no_grad():
+            teacher = self.twin.attention_weights(queries, *args, **kwargs)
+        student = module.attention_weights(queries, *args, **kwargs)
+        trace.note("attention_weights", self.index, attention_weights_loss(student, teacher, asked))
