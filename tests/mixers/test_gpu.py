@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mixers import TokenLayout, TokenMixer
 from tests.helpers import assert_close
-from tests.mixers.zoo import TINY, VARIANTS, random_rotary, tiny
+from tests.mixers.zoo import AVERAGES, TINY, VARIANTS, random_rotary, tiny
 
 pytestmark = pytest.mark.gpu
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -56,6 +56,30 @@ def test_values_and_gradients(variant: str, layer: int) -> None:
         name = names[number] if len(names) == len(expected) else f"tensor {number}"
         # A_log's gradient is a difference of sums over all tokens that nearly cancel.
         assert_close(f"{variant}, {name}", a, b.cpu(), 1e-3 if name.endswith("A_log") else 2e-5)
+
+
+@pytest.mark.parametrize("variant", AVERAGES)
+@pytest.mark.parametrize("layer", range(2))
+def test_attention_weights(variant: str, layer: int) -> None:
+    """They are the CPU's, and their gradients too."""
+    layout, rotary = mixed_layout(), random_rotary(2, LENGTH, torch.float64)
+    exact = tiny(variant, layer_idx=layer, dtype=torch.float64)
+    x, queries = torch.randn(2, LENGTH, TINY["dim"], dtype=torch.float64), torch.randint(10, LENGTH, (2, 30))
+    on_gpu = copy.deepcopy(exact).float().cuda()
+    found = {}
+    for mixer in (exact, on_gpu):
+        like = mixer.q_proj.weight
+        weights = mixer.attention_weights(
+            x.to(like), queries.to(like.device), layout.to(like.device), tuple(t.to(like) for t in rotary)
+        )
+        slope = torch.cos(torch.arange(weights.numel(), dtype=torch.float64)).view(weights.shape).to(weights)
+        (weights * slope).sum().backward()
+        grads = {name: p.grad for name, p in mixer.named_parameters() if p.grad is not None}
+        found[like.device.type] = {"weights": weights.detach(), **grads}
+    assert found["cpu"].keys() == found["cuda"].keys()
+    for name, expected in found["cpu"].items():
+        if name != "k_proj.bias":  # softmax does not see it; what is left is rounding
+            assert_close(name, expected, found["cuda"][name].cpu(), 1e-3 if name.endswith("A_log") else 2e-5)
 
 
 @every_variant

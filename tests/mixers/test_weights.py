@@ -13,22 +13,7 @@ from mixers import TokenLayout, TokenMixer
 from mixers.mamba2 import Mamba2
 from tests.helpers import assert_close
 from tests.mixers.strategies import Rows, rows
-from tests.mixers.zoo import TINY, VARIANTS, random_rotary, tiny
-
-AVERAGES = [
-    "attention",
-    "attention-bidirectional",
-    "sliding_window",
-    "sliding_window-sinks",
-    "flex_ma",
-    "flex_ma-features",
-    "swin3d",
-    "swin3d-sinks",
-    "swin3d-paper",
-    "gated",
-    "mmate",
-    "mmate-sinks",
-]
+from tests.mixers.zoo import AVERAGES, TINY, VARIANTS, random_rotary, tiny
 
 
 def averaging(variant: str, layer: int) -> TokenMixer:

@@ -47,6 +47,22 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 VARIANTS |= {name: (name, {}) for name in mixers.available() if name not in VARIANTS}
 
+AVERAGES = [
+    "attention",
+    "attention-bidirectional",
+    "sliding_window",
+    "sliding_window-sinks",
+    "flex_ma",
+    "flex_ma-features",
+    "swin3d",
+    "swin3d-sinks",
+    "swin3d-paper",
+    "gated",
+    "mmate",
+    "mmate-sinks",
+]
+"""Variants that can tell their attention weights."""
+
 
 def tiny(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> TokenMixer:
     """Build a variant with weights in which nothing is zero, equal or the identity."""

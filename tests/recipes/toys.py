@@ -157,7 +157,13 @@ def recipe(*stages: dict[str, Any], **fields: Any) -> Recipe:
 def three_stages() -> list[dict[str, Any]]:
     """LinMU's stages, with every feature that a resumed run must get right."""
     return [
-        stage(name="flex-ma", active=["flex_ma"], losses={"hidden_states": 1.0}, steps=3, save_every=2),
+        stage(
+            name="flex-ma",
+            active=["flex_ma"],
+            losses={"hidden_states": 1.0, "attention_weights": {"queries": 2}},
+            steps=3,
+            save_every=2,
+        ),
         stage(
             name="local-swin",
             losses={"hidden_states": {"form": "injected"}, "token_kd": {"weight": 1.0, "tokens": "valid"}},
