@@ -153,7 +153,7 @@ class Gated(TokenMixer):
         weights = {
             name: branch.weigh_heads(x, q, k, queries, layout, rotary) for name, branch in self._active()
         }
-        absent = {name: (w == 0).all(3).all(1) for name, w in weights.items()}
+        absent = {name: ~w.any(3).any(1) for name, w in weights.items()}
         gates = self._weights(at(x, queries), weights, absent)
         return functools.reduce(torch.add, (gates[name].transpose(1, 2) * w for name, w in weights.items()))
 

@@ -18,8 +18,8 @@ from mixers.softmax import softmax_weights
 
 def at(table: Tensor, tokens: Tensor) -> Tensor:
     """Return rows ``tokens`` [B, Q] of a table [B or 1, N, …]: [B, Q, …]."""
-    row = torch.arange(len(tokens), device=tokens.device)[:, None]
-    return table.expand(len(tokens), *table.shape[1:])[row, tokens]
+    index = tokens[(..., *[None] * (table.ndim - 2))].expand(-1, -1, *table.shape[2:])
+    return table.expand(len(tokens), *table.shape[1:]).gather(1, index)
 
 
 def attention_weights(
@@ -75,32 +75,34 @@ def scan_weights(
     Returns:
         fp32 or wider [B, H, Q, N].
     """
-    heads, groups = c.shape[2], b.shape[2]
+    groups = b.shape[2]
     wide = torch.promote_types(c.dtype, torch.float32)
+    # A scan reorders tokens within clips, so its tables by step are tables by token too.
     valid = scan.valid if scan.valid is not None else torch.ones_like(b[:, :, 0, 0], dtype=torch.bool)
-    asked = queries if scan.inverse is None else at(scan.inverse, queries)
-    step = torch.arange(b.shape[1], device=b.device)
-    within = valid[:, None].expand(-1, queries.shape[1], -1)
+    step = (
+        torch.arange(b.shape[1], device=b.device).expand(valid.shape)
+        if scan.inverse is None
+        else scan.inverse
+    )
+    back = at(step, queries)[..., None] - step[:, None]
+    within = valid[:, None]
     if scan.sequence is not None:
-        within = within & (at(scan.sequence, asked)[..., None] == scan.sequence[:, None])
+        within = within & (at(scan.sequence, queries)[..., None] == scan.sequence[:, None])
 
-    # Decays are read by step; the sums of their logs are wider than what they are made of.
-    before, dt = _read(decay, scan, valid)
-    factor = _passed(at(before, asked), before, dt, within & (step <= asked[..., None]), wide)
+    sums, dt = _read(decay, scan, valid)
+    kept = _kept(sums, dt, queries, within & (back >= 0), wide)
     if backward_decay is not None and scan.vision is not None and scan.extent is not None:
         read = valid & scan.vision
-        later = (step > asked[..., None]) & read[:, None] & at(read, asked)[..., None]
-        later = later & (at(scan.extent, asked)[..., None] == scan.extent[:, None])
-        after, dt = _read(backward_decay, scan, read)
-        after = after.roll(1, dims=1).index_fill(1, step[:1], 0)  # what a query itself forgets is counted
-        factor = factor + _passed(-at(after, asked), -after, dt, later, wide)
-    if scan.inverse is not None:
-        factor = factor.gather(3, scan.inverse[:, None, None].expand_as(factor))
+        later = (back < 0) & read[:, None] & at(read, queries)[..., None]
+        later = later & (at(scan.extent, queries)[..., None] == scan.extent[:, None])
+        sums, dt = _read(backward_decay, scan, read)
+        before = sums - backward_decay[0].transpose(1, 2)  # what a query itself forgets is counted
+        kept = kept + _kept(-before, dt, queries, later, wide)
 
     with without_autocast(c.device):
         c = c.to(wide).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        alike = (c @ b.to(wide).permute(0, 2, 3, 1)).unflatten(2, (heads // groups, -1)).flatten(1, 2)
-    weights = alike * factor.repeat_interleave(heads // factor.shape[1], dim=1)
+        alike = c @ b.to(wide).permute(0, 2, 3, 1)
+    weights = (alike.view(len(c), kept.shape[1], -1, *kept.shape[2:]) * kept[:, :, None]).flatten(1, 2)
     return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
 
 
@@ -166,14 +168,16 @@ def _same_window(layout: TokenLayout, queries: Tensor, size: Grid, shifted: bool
 
 
 def _read(decay: Decay, scan: Scan, read: Tensor) -> tuple[Tensor, Tensor]:
-    """By step: the sum of log_a as far as there, fp64, and dt, [B, N, E]; steps that are not read change nothing."""
-    log_a, dt = (t if scan.order is None else at(t, scan.order) for t in decay)
-    log_a, dt = (t.masked_fill(~read[..., None], 0) for t in (log_a, dt))
-    return log_a.double().cumsum(1), dt
+    """The sum of log_a up to each token in reading order, fp64, and dt; [B, E, N], 0 added by what is not read."""
+    log_a, dt = (t.masked_fill(~read[..., None], 0).transpose(1, 2) for t in decay)
+    if scan.order is None or scan.inverse is None:
+        return log_a.double().cumsum(-1), dt
+    order, inverse = (t[:, None].expand_as(dt) for t in (scan.order, scan.inverse))
+    return log_a.gather(2, order).double().cumsum(-1).gather(2, inverse), dt
 
 
-def _passed(own: Tensor, sums: Tensor, dt: Tensor, reached: Tensor, wide: torch.dtype) -> Tensor:
-    """What is kept of each step, [B, E, Q, N], of the sums at the queries [B, Q, E] and at all steps [B, N, E]."""
-    log = (own[:, :, None] - sums[:, None]).permute(0, 3, 1, 2).to(wide)
-    kept = log.masked_fill(~reached[:, None], float("-inf")).exp()
-    return kept * dt.to(wide).transpose(1, 2)[:, :, None]
+def _kept(sums: Tensor, dt: Tensor, queries: Tensor, reached: Tensor, wide: torch.dtype) -> Tensor:
+    """What queries have left of what they reach, bool [B, Q, N]: [B, E, Q, N]."""
+    own = sums.gather(2, queries[:, None].expand(-1, sums.shape[1], -1))
+    log = (own[..., None] - sums[:, :, None]).to(wide)
+    return log.masked_fill(~reached[:, None], float("-inf")).exp() * dt.to(wide)[:, :, None]

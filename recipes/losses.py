@@ -67,10 +67,25 @@ def attention_weights_loss(student: Tensor, teacher: Tensor, asked: Tensor) -> T
     Returns:
         Scalar; 0 if no query counts.
     """
-    least = torch.finfo(student.dtype).tiny
-    terms = teacher * (teacher.clamp_min(least).log() - student.clamp_min(least).log())
-    by_query = terms.sum(-1).mean(1).masked_fill(~asked, 0)
-    return by_query.sum() / asked.sum().clamp_min(1)
+    share = asked / (asked.sum().clamp_min(1) * student.shape[1])
+    return _Divergence.apply(student, teacher, share[:, None, :, None].to(student.dtype))
+
+
+class _Divergence(torch.autograd.Function):
+    """Σ share · t · log(t / s); by hand, for autograd would keep several tensors of this size for each layer."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, share: Tensor) -> Tensor:
+        least = torch.finfo(student.dtype).tiny
+        student = student.clamp_min(least)
+        part = teacher * share
+        ctx.save_for_backward((part / student).masked_fill_(student <= least, 0))
+        return (part * (teacher.clamp_min(least) / student).log()).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return -upstream[0] * slope, None, None
 
 
 def token_kd(
