@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recipes.alignment import TRACE, Alignment, TeacherTrace, Trace
-from recipes.attention_transfer import AttentionTransfer
 from recipes.data.task import Batch
 from recipes.losses import (
     OutputHead,
@@ -24,6 +23,7 @@ from recipes.losses import (
 )
 from recipes.plan import Losses, TokenKD
 from recipes.shared_vision import SharedVision
+from recipes.weight_alignment import WeightAlignment
 
 FROM_TEACHER = "from_teacher"
 """Key of a batch: bool [B], the rows whose answer the teacher generated."""
@@ -91,9 +91,9 @@ class Objective:
         self.values: dict[str, Tensor] = {}
         hidden, attention, kd = losses.hidden_states, losses.attention_weights, losses.token_kd
         own_stream = losses.of_predictions
-        self.aligned: dict[str, Alignment | AttentionTransfer] = {}
+        self.aligned: dict[str, Alignment | WeightAlignment] = {}
         if attention is not None:
-            self.aligned["attention_weights"] = AttentionTransfer(teacher, student, attention)
+            self.aligned["attention_weights"] = WeightAlignment(teacher, student, attention)
         if hidden is not None:
             self.aligned["hidden_states"] = Alignment(student, hidden, own_stream)
         self.teacher = None

@@ -174,10 +174,10 @@ class HiddenStates(Weighted):
 
 
 class AttentionWeights(Weighted):
-    """Attention transfer (LoLCATs, arXiv 2410.10254): KL(teacher ‖ student) of weights on the teacher's input.
+    """Alignment of attention weights, KL(teacher ‖ student), on the teacher's input (Hedgehog, arXiv 2402.04347).
 
-    Outputs alone hardly teach a scan which tokens to tell apart. The mixer's weights are those of all its branches,
-    gate included. Those of text are compared, since vision tokens of a student look both ways and a teacher's do not.
+    A mixer's weights are those of all its branches, gate included. Text tokens' are compared: vision tokens of a
+    student look both ways, and a teacher's do not.
 
     Args:
         weight: Factor of this loss in the sum.

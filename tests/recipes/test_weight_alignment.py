@@ -7,12 +7,12 @@ import torch
 from torch.nn import functional as F
 
 import bridges
-from recipes.attention_transfer import AttentionTransfer
 from recipes.errors import LossError
 from recipes.losses import attention_weights_loss, valid_tokens
 from recipes.objective import MICRO_BATCHES, Objective
 from recipes.plan import Losses
 from recipes.selection import converted_attention
+from recipes.weight_alignment import WeightAlignment
 from tests.recipes.toys import IMAGE, MODELS, batch, recipe, stage
 
 INSIDE = {"text_window": 4, "window": (1, 2, 2), "chunk_size": 8, "gate_bias": 0.0}
@@ -33,7 +33,6 @@ def pair(kind, mixer="mmate", **config):
 
 
 def measure(teacher, student, inputs, queries=100, **others):
-    """Return the loss, and the student's gradients of it alone."""
     torch.manual_seed(1)
     losses = Losses(attention_weights={"queries": queries}, **others)
     objective = Objective(losses, student, teacher)
@@ -140,7 +139,11 @@ def test_gradient_checkpointing_changes_no_gradient(kind, form):
     for checkpointing in (False, True):
         teacher, student = pair(kind, **INSIDE)
         if checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = (
+                getattr(student, "activation_checkpointing_enable", None)
+                or student.gradient_checkpointing_enable
+            )
+            enable({"use_reentrant": False})
         torch.manual_seed(1)
         inputs = batch(kind)
         objective = Objective(Losses(attention_weights={"queries": 3}, **FORMS[form]), student, teacher)
@@ -177,9 +180,9 @@ def test_what_it_teaches_is_where_to_look():
 def test_hooks_are_gone_after_closing_and_the_teacher_is_as_it_was():
     teacher, student = pair("llama", **INSIDE)
     before = [type(layer) for layer in bridges.attention_layers(teacher).values()]
-    transfer = AttentionTransfer(teacher, student, Losses(attention_weights=1.0).attention_weights)
+    alignment = WeightAlignment(teacher, student, Losses(attention_weights=1.0).attention_weights)
     assert all(layer._forward_hooks for layer in converted_attention(student).values())
-    transfer.close()
+    alignment.close()
     assert not any(layer._forward_hooks for layer in converted_attention(student).values())
     assert [type(layer) for layer in bridges.attention_layers(teacher).values()] == before
 

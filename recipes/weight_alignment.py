@@ -1,7 +1,8 @@
-"""Attention transfer: what the student's mixers look at, against what the teacher's attention looks at.
+"""Alignment of attention weights: what the student's mixers look at, against what the teacher's attention looks at.
 
 A scan whose output alone is compared learns slowly which tokens to tell apart; its weights say so directly
-(LoLCATs, arXiv 2410.10254). They are made for some queries of a row, so that time and memory stay O(N).
+(attention weight distillation of Hedgehog, arXiv 2402.04347). They are made for some queries of a row, so that
+time and memory stay O(N).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from recipes.plan import AttentionWeights
 from recipes.selection import converted_attention
 
 
-class AttentionTransfer:
+class WeightAlignment:
     """Hooks that compare attention weights while the student runs with a :data:`recipes.alignment.TRACE`.
 
     Both are given the teacher's input of the layer, whatever stream the student goes on with.
