@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from recipes.agreement import agreement
 from recipes.alignment import TRACE, Alignment, TeacherTrace
 from recipes.data.task import Task
 from recipes.evaluate import batches, evaluate, judged, perplexity, spread, to_device
-from recipes.plan import HiddenStates, Judge, Recipe
+from recipes.plan import AttentionWeights, HiddenStates, Judge, Recipe
+from recipes.selection import converted_attention
 from recipes.teachers import Teacher
+from recipes.weight_alignment import WeightAlignment
 from recipes.yardstick import Yardstick
 
 Say = Callable[[str], None]
@@ -36,7 +39,9 @@ class Report:
             answers without a look, and ``above_trivial``, by how much the teacher's is higher; and, where the task
             shows pictures, ``long_video``, whether the group is one of long videos.
         layers: A row a converted layer: ``layer``, ``injected`` (error of its mixer on the teacher's input) and
-            ``chained`` (error of the stream after it); as fractions of the teacher's squared size.
+            ``chained`` (error of the stream after it), as fractions of the teacher's squared size; and where
+            all mixers average ``attention``, the divergence of its attention weights from the teacher's on the
+            teacher's input, KL over some text tokens.
     """
 
     rows: list[dict[str, Any]]
@@ -154,23 +159,40 @@ def layer_errors(
     """Measure how far each converted layer is from the teacher's, on test items.
 
     Returns:
-        A row a layer: ``layer``, ``injected`` and ``chained``; see :class:`Report`.
+        A row a layer: ``layer``, ``injected`` and ``chained``, and ``attention`` where all mixers average; see
+        :class:`Report`.
     """
+    averages = all(attention.mixer.averages for attention in converted_attention(student).values())
+    cuda = [student.device] if student.device.type == "cuda" else []
     found: dict[int, dict[str, float]] = {}
-    for name, settings in (
-        ("injected", HiddenStates(form="injected")),
-        ("chained", HiddenStates(form="chained", at="layer")),
-    ):
-        for index, error in _errors(student, teacher, task, settings, limit).items():
-            found.setdefault(index, {})[name] = error
+    with torch.random.fork_rng(cuda):
+        torch.manual_seed(0)
+        for name, settings, weights in (
+            ("injected", HiddenStates(form="injected"), AttentionWeights() if averages else None),
+            ("chained", HiddenStates(form="chained", at="layer"), None),
+        ):
+            names = {"hidden_states": name, "attention_weights": "attention"}
+            for loss, errors in _errors(student, teacher, task, settings, weights, limit).items():
+                for index, error in errors.items():
+                    found.setdefault(index, {})[names[loss]] = error
     return [{"layer": index, **errors} for index, errors in sorted(found.items())]
 
 
 def _errors(
-    student: PreTrainedModel, teacher: PreTrainedModel, task: Task, settings: HiddenStates, limit: int
-) -> dict[int, float]:
-    recorder, alignment = TeacherTrace(teacher, student, settings), Alignment(student, settings, True)
-    sums: dict[int, float] = {}
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    task: Task,
+    settings: HiddenStates,
+    weights: AttentionWeights | None,
+    limit: int,
+) -> dict[str, dict[int, float]]:
+    """Loss → layer index → its mean over items."""
+    hooks: list[TeacherTrace | Alignment | WeightAlignment] = []
+    if weights is not None:
+        hooks.append(WeightAlignment(teacher, student, weights))
+    hooks.append(Alignment(student, settings, True))
+    hooks.append(recorder := TeacherTrace(teacher, student, settings, inputs=weights is not None))
+    sums: dict[str, dict[int, float]] = {}
     items = spread(task.test, limit, task.name)
     try:
         with judged(student), judged(teacher):
@@ -179,9 +201,11 @@ def _errors(
                 del batch["labels"]
                 trace = recorder(batch)
                 student(**batch, **{TRACE: trace}, use_cache=False, logits_to_keep=1)
-                for index, loss in trace.by_layer("hidden_states").items():
-                    sums[index] = sums.get(index, 0.0) + float(loss) / len(items)
+                for name, losses in (trace.losses or {}).items():
+                    found = sums.setdefault(name, {})
+                    for index, loss in losses.items():
+                        found[index] = found.get(index, 0.0) + float(loss) / len(items)
     finally:
-        recorder.close()
-        alignment.close()
+        for hook in hooks:
+            hook.close()
     return sums

@@ -95,7 +95,8 @@ def sections(found: Results, level: int = 2) -> list[str]:
         parts += [f"{mark} Errors of layers"]
         parts += [
             "`injected`: of the mixer's output, on the teacher's input; `chained`: of the stream after the layer. "
-            "Squared, as fractions of the teacher's squared size."
+            "Squared, as fractions of the teacher's squared size. `attention`: divergence of the weights by which text "
+            "looks at what stands before it. A layer that is far off there is one to keep as it was, if any is."
         ]
         parts += [markdown_table(layers)]
     if history := rows_of(found, "history"):

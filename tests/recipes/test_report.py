@@ -108,6 +108,7 @@ def test_a_twin_keeps_everything(teacher: Teacher, task: Riddles) -> None:
     }
     assert [row["layer"] for row in found.layers] == [0, 1]
     assert all(0 <= row[name] <= 1e-10 for row in found.layers for name in ("injected", "chained"))
+    assert all(abs(row["attention"]) <= 1e-6 for row in found.layers)
     assert said == [*(f"riddles: {measure}" for measure in MEASURES), "errors of layers"]
 
 
@@ -135,6 +136,25 @@ def test_errors_of_layers_are_squared_distances_over_squared_sizes(teacher: Teac
     assert found[index]["injected"] == pytest.approx(sum(injected) / len(injected), rel=1e-4)
     assert found[index]["chained"] > 1e-4
     assert abs(found[index]["chained"] - found[index]["injected"]) > 1e-4
+
+
+def test_a_layer_that_looks_elsewhere_stands_out(teacher: Teacher, task: Riddles) -> None:
+    """One layer keeps its attention, the other sees little; the draw of queries disturbs nobody else's."""
+    student = student_of(teacher, {"0": "attention", "1": "mmate"}, text_window=2, chunk_size=8)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, again = (layer_errors(student, teacher.model, task) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first == again
+    kept, changed = (row["attention"] for row in first)
+    assert abs(kept) < 1e-6
+    assert changed > 1e-3
+
+
+def test_mixers_without_weights_are_reported_without_them() -> None:
+    teacher = teacher_of("llama")
+    rows = layer_errors(student_of(teacher, "mamba2"), teacher.model, riddles("llama", teacher))
+    assert all(row.keys() == {"layer", "injected", "chained"} for row in rows)
 
 
 def seen(
