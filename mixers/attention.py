@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixers.errors import ConfigError
-from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
+from mixers.interface import MixerConfig, MixerState, Rotary
 from mixers.layout import TokenLayout
 from mixers.registry import register
 from mixers.rotary import apply_rotary
 from mixers.softmax import softmax_attention
-from mixers.weights import attention_weights, causal_seen
+from mixers.weights import SoftmaxMixer, at
 
 QUERIES_AT_ONCE = 512
 
@@ -40,7 +40,7 @@ class AttentionConfig(MixerConfig):
 
 
 @register("attention", config=AttentionConfig)
-class Attention(TokenMixer):
+class Attention(SoftmaxMixer):
     """Softmax attention over all earlier tokens; O(N²) time, and a state that grows.
 
     Causal for text and vision alike, as decoders are trained, unless they were trained otherwise. It
@@ -50,7 +50,6 @@ class Attention(TokenMixer):
     """
 
     config: AttentionConfig
-    uses_softcap = True
 
     def mix_heads(
         self,
@@ -79,23 +78,16 @@ class Attention(TokenMixer):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return self._attend(q, k, v, valid, layout, past).transpose(1, 2), None
 
-    @property
-    def averages(self) -> bool:
-        """True."""
-        return True
-
-    def weigh_heads(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        queries: Tensor,
-        layout: TokenLayout,
-        rotary: Rotary | None,
-    ) -> Tensor:
-        """Weigh all earlier tokens; see :meth:`TokenMixer.weigh_heads`."""
-        seen = causal_seen(layout, queries, window=self.config.window, to_end=self.config.bidirectional)
-        return attention_weights(q, k, queries, seen, rotary, scale=self.scale, softcap=self.config.softcap)
+    def seen(self, layout: TokenLayout, queries: Tensor) -> Tensor:
+        """Tell what tokens look at; see :meth:`SoftmaxMixer.seen`."""
+        token, window = torch.arange(layout.length, device=queries.device), self.config.window
+        end = at(layout.end, queries) if self.config.bidirectional else queries + 1
+        seen = token < end[..., None]
+        if window is not None:
+            seen = seen & (token > queries[..., None] - window)
+        if layout.sequence is not None:
+            seen = seen & (at(layout.sequence, queries)[..., None] == layout.sequence[:, None])
+        return seen if layout.valid is None else seen & layout.valid[:, None]
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, layout: TokenLayout, past: int

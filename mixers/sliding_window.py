@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mixers.errors import ConfigError
-from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
+from mixers.interface import MixerConfig, MixerState, Rotary
 from mixers.layout import TokenLayout
 from mixers.recent import init_recent, prepare_recent, recent_attention
 from mixers.registry import register
-from mixers.weights import attention_weights, recent_seen
+from mixers.weights import SoftmaxMixer, recent_seen
 
 
 @dataclass(kw_only=True)
@@ -36,11 +36,10 @@ class SlidingWindowConfig(MixerConfig):
 
 
 @register("sliding_window", config=SlidingWindowConfig)
-class SlidingWindow(TokenMixer):
+class SlidingWindow(SoftmaxMixer):
     """Softmax attention to the last ``window`` tokens, text and vision alike; O(N) time, constant state."""
 
     config: SlidingWindowConfig
-    uses_softcap = True
 
     def mix_heads(
         self,
@@ -67,29 +66,15 @@ class SlidingWindow(TokenMixer):
         )
         return y, None
 
-    @property
-    def averages(self) -> bool:
-        """True."""
-        return True
-
-    def weigh_heads(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        queries: Tensor,
-        layout: TokenLayout,
-        rotary: Rotary | None,
-    ) -> Tensor:
-        """Weigh the tokens of a window; see :meth:`TokenMixer.weigh_heads`."""
-        seen = recent_seen(
+    def seen(self, layout: TokenLayout, queries: Tensor) -> Tensor:
+        """Tell what tokens look at; see :meth:`SoftmaxMixer.seen`."""
+        return recent_seen(
             layout,
             queries,
             window=self.config.window,
             sinks=self.config.sinks,
             grid_windows=None,
         )
-        return attention_weights(q, k, queries, seen, rotary, scale=self.scale, softcap=self.config.softcap)
 
     def prepare(self, layout: TokenLayout, *, cached: bool = False) -> None:
         """Make the window; see :meth:`TokenMixer.prepare`."""

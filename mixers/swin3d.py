@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from mixers.errors import ConfigError
-from mixers.interface import MixerConfig, MixerState, Rotary, TokenMixer
+from mixers.interface import MixerConfig, MixerState, Rotary
 from mixers.layout import TokenLayout
 from mixers.ops import block_attention
 from mixers.recent import init_recent, prepare_recent, recent_attention
 from mixers.registry import register
-from mixers.weights import attention_weights, recent_seen
+from mixers.weights import SoftmaxMixer, recent_seen
 
 
 @dataclass(kw_only=True)
@@ -53,7 +53,7 @@ def check_windows(window: tuple[int, ...], text_window: int, sinks: int) -> None
 
 
 @register("swin3d", config=Swin3DConfig)
-class Swin3D(TokenMixer):
+class Swin3D(SoftmaxMixer):
     """Softmax attention inside small 3-D windows of each clip, both directions, shifted on odd layers.
 
     Windows are cut at the grid's border, without a cyclic wrap. Text tokens attend causally to the
@@ -61,7 +61,6 @@ class Swin3D(TokenMixer):
     """
 
     config: Swin3DConfig
-    uses_softcap = True
 
     def mix_heads(
         self,
@@ -95,29 +94,15 @@ class Swin3D(TokenMixer):
         y = block_attention(q, k, v, windows, scale=self.scale, rotary=rotary, softcap=self.config.softcap)
         return y, covered
 
-    @property
-    def averages(self) -> bool:
-        """True."""
-        return True
-
-    def weigh_heads(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        queries: Tensor,
-        layout: TokenLayout,
-        rotary: Rotary | None,
-    ) -> Tensor:
-        """Weigh the tokens of a window; see :meth:`TokenMixer.weigh_heads`."""
-        seen = recent_seen(
+    def seen(self, layout: TokenLayout, queries: Tensor) -> Tensor:
+        """Tell what tokens look at; see :meth:`SoftmaxMixer.seen`."""
+        return recent_seen(
             layout,
             queries,
             window=self.config.text_window,
             sinks=self.config.sinks,
             grid_windows=(self.config.window, self._shifted),
         )
-        return attention_weights(q, k, queries, seen, rotary, scale=self.scale, softcap=self.config.softcap)
 
     def prepare(self, layout: TokenLayout, *, cached: bool = False) -> None:
         """Make the windows; see :meth:`TokenMixer.prepare`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixers.interface import Rotary
+from mixers.interface import Rotary, TokenMixer
 from mixers.layout import Grid, Scan, TokenLayout
 from mixers.ops.ssd.reference import Decay
 from mixers.precision import without_autocast
@@ -22,36 +22,44 @@ def at(table: Tensor, tokens: Tensor) -> Tensor:
     return table.expand(len(tokens), *table.shape[1:]).gather(1, index)
 
 
-def attention_weights(
-    q: Tensor,
-    k: Tensor,
-    queries: Tensor,
-    seen: Tensor,
-    rotary: Rotary | None,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """Weights of softmax attention.
+class SoftmaxMixer(TokenMixer):
+    """A mixer of softmax attention to what :meth:`seen` says."""
 
-    Args:
-        q: [B, N, H, P].
-        k: [B, N, G, P].
-        queries: int [B, Q], the tokens whose outputs are asked about.
-        seen: bool [B, Q, N], the tokens that they look at.
-        rotary: What q and k are rotated by first.
-        scale: Factor on query·key.
-        softcap: Bound of the scores.
+    uses_softcap = True
 
-    Returns:
-        fp32 or wider [B, H, Q, N]; zero where a query looks at nothing.
-    """
-    q = at(q, queries)
-    if rotary is not None:
-        cos, sin = rotary
-        q, k = apply_rotary(q, at(cos, queries), at(sin, queries)), apply_rotary(k, cos, sin)
-    q, k = q.transpose(1, 2), k.transpose(1, 2)
-    return softmax_weights(q, k, seen[:, None], scale=scale, softcap=softcap)[0]
+    @property
+    def averages(self) -> bool:
+        """True."""
+        return True
+
+    def seen(self, layout: TokenLayout, queries: Tensor) -> Tensor:
+        """Tell what tokens look at.
+
+        Args:
+            layout: Where the tokens stand.
+            queries: int [B, Q], those that look.
+
+        Returns:
+            bool [B, Q, N].
+        """
+        raise NotImplementedError
+
+    def weigh_heads(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        queries: Tensor,
+        layout: TokenLayout,
+        rotary: Rotary | None,
+    ) -> Tensor:
+        """Weigh by the softmax of scores; see :meth:`TokenMixer.weigh_heads`."""
+        q = at(q, queries)
+        if rotary is not None:
+            cos, sin = rotary
+            q, k = apply_rotary(q, at(cos, queries), at(sin, queries)), apply_rotary(k, cos, sin)
+        q, k, seen = q.transpose(1, 2), k.transpose(1, 2), self.seen(layout, queries)[:, None]
+        return softmax_weights(q, k, seen, scale=self.scale, softcap=self.config.softcap)[0]
 
 
 def scan_weights(
@@ -133,30 +141,6 @@ def recent_seen(
         seen = torch.where(inside, first & ~vision[:, None] & (back > 0), seen)
         seen = seen | (inside & _same_window(layout, queries, *grid_windows))
     return seen & same
-
-
-def causal_seen(
-    layout: TokenLayout, queries: Tensor, *, window: int | None = None, to_end: bool = False
-) -> Tensor:
-    """Tell what some tokens look at in softmax attention.
-
-    Args:
-        layout: Where the tokens stand.
-        queries: int [B, Q].
-        window: Last slots of the row that a token looks at; None: all.
-        to_end: Whether the tokens of a clip look as far as its end.
-
-    Returns:
-        bool [B, Q, N].
-    """
-    token = torch.arange(layout.length, device=queries.device)
-    end = at(layout.end, queries) if to_end else queries + 1
-    seen = token < end[..., None]
-    if window is not None:
-        seen = seen & (token > queries[..., None] - window)
-    if layout.sequence is not None:
-        seen = seen & (at(layout.sequence, queries)[..., None] == layout.sequence[:, None])
-    return seen if layout.valid is None else seen & layout.valid[:, None]
 
 
 def _same_window(layout: TokenLayout, queries: Tensor, size: Grid, shifted: bool) -> Tensor:
