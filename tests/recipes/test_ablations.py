@@ -103,5 +103,6 @@ def test_an_ablation_of_stages_trains_them(name: str, tmp_path: Path) -> None:
 
 
 def small_model(recipe: Recipe) -> PreTrainedModel:
-    model = llama() if recipe.data.task == "text" else qwen()
+    depth = {"num_hidden_layers": 30} if isinstance(recipe.student.mixer, dict) else {}
+    model = llama(**depth) if recipe.data.task == "text" else qwen(**depth)
     return model.to(getattr(torch, recipe.teacher.dtype))

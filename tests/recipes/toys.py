@@ -42,7 +42,7 @@ def llama(**config: Any) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**{**TEXT, **config})).eval()
 
 
-def qwen() -> PreTrainedModel:
+def qwen(**config: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     vision = {
@@ -57,15 +57,15 @@ def qwen() -> PreTrainedModel:
         "window_size": 8,
         "fullatt_block_indexes": [0],
     }
-    config = Qwen2_5_VLConfig(
-        text_config={**TEXT, "rope_parameters": rope},
+    whole = Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": rope, **config},
         vision_config=vision,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=START,
         vision_end_token_id=END,
     )
-    return Qwen2_5_VLForConditionalGeneration(config).eval()
+    return Qwen2_5_VLForConditionalGeneration(whole).eval()
 
 
 MODELS = {"llama": llama, "qwen": qwen}
