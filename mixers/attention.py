@@ -14,7 +14,7 @@ from mixers.layout import TokenLayout
 from mixers.registry import register
 from mixers.rotary import apply_rotary
 from mixers.softmax import softmax_attention
-from mixers.weights import SoftmaxMixer, at
+from mixers.weights import SoftmaxMixer, at, kept_for
 
 QUERIES_AT_ONCE = 512
 
@@ -80,14 +80,9 @@ class Attention(SoftmaxMixer):
 
     def seen(self, layout: TokenLayout, queries: Tensor) -> Tensor:
         """Tell what tokens look at; see :meth:`SoftmaxMixer.seen`."""
-        token, window = torch.arange(layout.length, device=queries.device), self.config.window
-        end = at(layout.end, queries) if self.config.bidirectional else queries + 1
-        seen = token < end[..., None]
-        if window is not None:
-            seen = seen & (token > queries[..., None] - window)
-        if layout.sequence is not None:
-            seen = seen & (at(layout.sequence, queries)[..., None] == layout.sequence[:, None])
-        return seen if layout.valid is None else seen & layout.valid[:, None]
+        window, to_end = self.config.window, self.config.bidirectional
+        name = ("causal", window, to_end)
+        return kept_for(layout, queries, name, lambda: _seen(layout, queries, window, to_end))
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, layout: TokenLayout, past: int
@@ -141,3 +136,14 @@ class Attention(SoftmaxMixer):
             "v": torch.zeros(shape, dtype=dtype, device=device),
             "valid": torch.zeros(batch_size, 0, dtype=torch.bool, device=device),
         }
+
+
+def _seen(layout: TokenLayout, queries: Tensor, window: int | None, to_end: bool) -> Tensor:
+    token = torch.arange(layout.length, device=queries.device)
+    end = at(layout.end, queries) if to_end else queries + 1
+    seen = token < end[..., None]
+    if window is not None:
+        seen = seen & (token > queries[..., None] - window)
+    if layout.sequence is not None:
+        seen = seen & (at(layout.sequence, queries)[..., None] == layout.sequence[:, None])
+    return seen if layout.valid is None else seen & layout.valid[:, None]

@@ -174,7 +174,9 @@ class Mamba2(TokenMixer):
             cos, sin = rotary
             q, k = apply_rotary(q, at(cos, queries), at(sin, queries)), apply_rotary(k, cos, sin)
         c, b = self._features(q, k)
-        return scan_weights(c, b, self.decay(x), self._backward_decay(x, layout), scan, queries)
+        return scan_weights(
+            c, b, self.decay(x), lambda: self._backward_decay(x, layout), layout, scan, queries
+        )
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None

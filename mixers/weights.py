@@ -5,6 +5,9 @@ Mixers never write them out, since N outputs of N tokens are N² numbers; of Q o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -15,11 +18,32 @@ from mixers.precision import without_autocast
 from mixers.rotary import apply_rotary
 from mixers.softmax import softmax_weights
 
+T = TypeVar("T")
+
 
 def at(table: Tensor, tokens: Tensor) -> Tensor:
     """Return rows ``tokens`` [B, Q] of a table [B or 1, N, …]: [B, Q, …]."""
     index = tokens[(..., *[None] * (table.ndim - 2))].expand(-1, -1, *table.shape[2:])
     return table.expand(len(tokens), *table.shape[1:]).gather(1, index)
+
+
+def kept_for(layout: TokenLayout, queries: Tensor, name: Any, compute: Callable[[], T]) -> T:
+    """Return what follows from a layout and some of its tokens: computed once for all layers, and kept until others
+    are asked about.
+
+    Args:
+        layout: Where the tokens stand.
+        queries: int [B, Q], told from others as an object.
+        name: What is computed.
+        compute: Computes it.
+    """
+    memo: dict[Any, Any] = layout.kept("of queries", dict)
+    if memo.get("queries") is not queries:
+        memo.clear()
+        memo["queries"] = queries
+    if name not in memo:
+        memo[name] = compute()
+    return memo[name]
 
 
 class SoftmaxMixer(TokenMixer):
@@ -66,7 +90,8 @@ def scan_weights(
     c: Tensor,
     b: Tensor,
     decay: Decay,
-    backward_decay: Decay | None,
+    backward_decay: Callable[[], Decay | None],
+    layout: TokenLayout,
     scan: Scan,
     queries: Tensor,
 ) -> Tensor:
@@ -76,8 +101,9 @@ def scan_weights(
         c: [B, Q, H, K], of the queries alone.
         b: [B, N, G, K], in token order, as are the decays.
         decay: (log_a, dt), each [B, N, E].
-        backward_decay: Likewise; None: one direction only.
-        scan: Reading order.
+        backward_decay: Gives the like of the backward scan, None for one direction only. Called if queries are vision.
+        layout: Where the tokens stand.
+        scan: One of its reading orders.
         queries: int [B, Q], the tokens whose outputs are asked about.
 
     Returns:
@@ -85,27 +111,14 @@ def scan_weights(
     """
     groups = b.shape[2]
     wide = torch.promote_types(c.dtype, torch.float32)
-    # A scan reorders tokens within clips, so its tables by step are tables by token too.
-    valid = scan.valid if scan.valid is not None else torch.ones_like(b[:, :, 0, 0], dtype=torch.bool)
-    step = (
-        torch.arange(b.shape[1], device=b.device).expand(valid.shape)
-        if scan.inverse is None
-        else scan.inverse
-    )
-    back = at(step, queries)[..., None] - step[:, None]
-    within = valid[:, None]
-    if scan.sequence is not None:
-        within = within & (at(scan.sequence, queries)[..., None] == scan.sequence[:, None])
-
-    sums, dt = _read(decay, scan, valid)
-    kept = _kept(sums, dt, queries, within & (back >= 0), wide)
-    if backward_decay is not None and scan.vision is not None and scan.extent is not None:
-        read = valid & scan.vision
-        later = (back < 0) & read[:, None] & at(read, queries)[..., None]
-        later = later & (at(scan.extent, queries)[..., None] == scan.extent[:, None])
-        sums, dt = _read(backward_decay, scan, read)
-        before = sums - backward_decay[0].transpose(1, 2)  # what a query itself forgets is counted
-        kept = kept + _kept(-before, dt, queries, later, wide)
+    before, after = kept_for(layout, queries, ("scan", id(scan)), lambda: _reached(layout, scan, queries))
+    sums, dt = _read(decay, scan, layout.padding)
+    kept = _kept(sums, dt, queries, before, wide)
+    backward = None if after is None else backward_decay()
+    if after is not None and backward is not None and layout.vision is not None:
+        sums, dt = _read(backward, scan, ~layout.vision)
+        until = sums - backward[0].transpose(1, 2)  # what a query itself forgets is counted
+        kept = kept + _kept(-until, dt, queries, after, wide)
 
     with without_autocast(c.device):
         c = c.to(wide).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
@@ -129,6 +142,13 @@ def recent_seen(
     Returns:
         bool [B, Q, N].
     """
+    name = ("recent", window, sinks, grid_windows)
+    return kept_for(layout, queries, name, lambda: _recent(layout, queries, window, sinks, grid_windows))
+
+
+def _recent(
+    layout: TokenLayout, queries: Tensor, window: int, sinks: int, grid_windows: tuple[Grid, bool] | None
+) -> Tensor:
     back = at(layout.rank, queries)[..., None] - layout.rank[:, None]
     same = at(layout.number, queries)[..., None] == layout.number[:, None]
     if layout.valid is not None:
@@ -151,9 +171,31 @@ def _same_window(layout: TokenLayout, queries: Tensor, size: Grid, shifted: bool
     return (at(cell, queries)[:, :, None] == cell[:, None]).all(-1)
 
 
-def _read(decay: Decay, scan: Scan, read: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of log_a up to each token in reading order, fp64, and dt; [B, E, N], 0 added by what is not read."""
-    log_a, dt = (t.masked_fill(~read[..., None], 0).transpose(1, 2) for t in decay)
+def _reached(layout: TokenLayout, scan: Scan, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What queries read before and after them in reading order, bool [B, Q, N]; None: none of them reads backward."""
+    step = scan.inverse
+    if step is None:
+        step = torch.arange(layout.length, device=queries.device).expand(layout.batch_size, -1)
+    back = at(step, queries)[..., None] - step[:, None]
+    before = back >= 0
+    if layout.valid is not None:
+        before = before & layout.valid[:, None]
+    if layout.sequence is not None:
+        before = before & (at(layout.sequence, queries)[..., None] == layout.sequence[:, None])
+    if layout.vision is None or layout.extent is None:
+        return before, None
+    looks = at(layout.vision, queries)
+    if not looks.any():
+        return before, None
+    same = at(layout.extent, queries)[..., None] == layout.extent[:, None]
+    return before, same & (back < 0) & looks[..., None] & layout.vision[:, None]
+
+
+def _read(decay: Decay, scan: Scan, skipped: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sum of log_a up to each token in reading order, fp64, and dt; [B, E, N], 0 added by what is skipped."""
+    if skipped is not None:
+        decay = decay[0].masked_fill(skipped[..., None], 0), decay[1].masked_fill(skipped[..., None], 0)
+    log_a, dt = (t.transpose(1, 2) for t in decay)
     if scan.order is None or scan.inverse is None:
         return log_a.double().cumsum(-1), dt
     order, inverse = (t[:, None].expand_as(dt) for t in (scan.order, scan.inverse))

@@ -76,6 +76,20 @@ def test_they_are_shares_of_what_the_law_allows(variant: str, rows: Rows, layer:
     assert_close("sum", torch.ones_like(total), total, 1e-12)
 
 
+@pytest.mark.parametrize("variant", AVERAGES)
+def test_a_layout_may_be_asked_about_one_token_after_another(variant: str) -> None:
+    """What it keeps of one question, all layers' masks, is not taken for another's."""
+    layers = [averaging(variant, layer) for layer in range(2)]
+    x, rotary = torch.randn(1, 20, TINY["dim"], dtype=torch.float64), random_rotary(1, 20, torch.float64)
+    layout = TokenLayout.from_grids(20, [[(4, (2, 2, 2))]])
+    for token in (19, 6, 13, 3):
+        queries = torch.tensor([[token, 8]])
+        for mixer in layers:
+            fresh = TokenLayout.from_grids(20, [[(4, (2, 2, 2))]])
+            found, expected = (mixer.attention_weights(x, queries, at, rotary) for at in (layout, fresh))
+            assert torch.equal(found, expected)
+
+
 def test_a_branch_that_takes_no_part_has_no_weight() -> None:
     mixer = averaging("mmate", 0)
     x, queries = torch.randn(1, 30, TINY["dim"], dtype=torch.float64), torch.tensor([[29]])
