@@ -75,9 +75,9 @@ def attention_twins(model: PreTrainedModel) -> dict[int, MixerAttention]:
     """
     report = plan(model, "attention")
     family, attentions = find_attention(model)
+    sections = _sections(model)
     return {
-        row.index: _build(row, attentions[row.index], family, report.init, _sections(model))
-        for row in report.layers
+        row.index: _build(row, attentions[row.index], family, report.init, sections) for row in report.layers
     }
 
 

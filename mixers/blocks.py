@@ -72,10 +72,9 @@ def window_blocks(
         shape: (B, N).
         history: Slots before each row's first token.
     """
-    extent = torch.tensor(size, device=tokens.device)
-    offset = extent // 2 if shifted else torch.zeros_like(extent)
-    cell = (coords + offset) // extent
-    _, window, count = torch.unique(composite(clip, cell), return_inverse=True, return_counts=True)
+    _, window, count = torch.unique(
+        composite(clip, window_cells(coords, size, shifted)), return_inverse=True, return_counts=True
+    )
     by_window = window.argsort(stable=True)
     place = torch.arange(len(tokens), device=tokens.device) - (count.cumsum(0) - count)[window[by_window]]
     members = torch.full((len(count), int(count.max())), -1, device=tokens.device)
@@ -90,6 +89,12 @@ def window_blocks(
         0, tokens, True
     )
     return Blocks(queries, keys, count=len(tokens), idle=_absent(looks), transposed=transposed)
+
+
+def window_cells(coords: Tensor, size: Sequence[int], shifted: bool) -> Tensor:
+    """Return which window of its clip each token is in, along (t, h, w): of coordinates [.., 3], [.., 3]."""
+    extent = torch.tensor(size, device=coords.device)
+    return (coords + (extent // 2 if shifted else 0)) // extent
 
 
 def recent_blocks(

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mixers.blocks import window_cells
 from mixers.interface import Rotary, TokenMixer
 from mixers.layout import Grid, Scan, TokenLayout
 from mixers.ops.ssd.reference import Decay
@@ -166,8 +167,7 @@ def _recent(
 def _same_window(layout: TokenLayout, queries: Tensor, size: Grid, shifted: bool) -> Tensor:
     assert layout.clip is not None
     assert layout.coords is not None
-    extent = torch.tensor(size, device=queries.device)
-    cell = torch.cat([layout.clip[..., None], (layout.coords + extent // 2 * shifted) // extent], dim=-1)
+    cell = torch.cat([layout.clip[..., None], window_cells(layout.coords, size, shifted)], dim=-1)
     return (at(cell, queries)[:, :, None] == cell[:, None]).all(-1)
 
 

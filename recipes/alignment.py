@@ -14,6 +14,7 @@ forward without it, such as an evaluation between two steps, is left alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,14 +117,14 @@ class TeacherTrace:
         self.trace: Trace | None = None
         self.handles = [teacher.get_decoder().register_forward_hook(self._keep_hidden)]
         attention = bridges.attention_layers(teacher)
-        inputs = inputs or (alignment is not None and alignment.form == "injected")
-        for index in converted_attention(student):
-            if inputs:
+        converted = converted_attention(student)
+        if inputs or (alignment is not None and alignment.form == "injected"):
+            for index in converted:
                 self._record(attention[index], _Input(self, index))
-            if alignment is not None:
-                of_layer = alignment.at == "layer"
-                module = _layer_of(teacher, attention[index]) if of_layer else attention[index]
-                self._record(module, _Output(self, index))
+        if alignment is not None:
+            modules = attention if alignment.at == "attention" else _layers_of(teacher, attention)
+            for index in converted:
+                self._record(modules[index], _Output(self, index))
 
     def __call__(self, batch: Batch) -> Trace:
         """Run the teacher on a batch without labels."""
@@ -137,7 +138,7 @@ class TeacherTrace:
 
     def close(self) -> None:
         """Remove the hooks."""
-        _remove(self.handles)
+        remove(self.handles)
 
     def _record(self, module: nn.Module, hook: _Recorder) -> None:
         self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -187,8 +188,9 @@ class Alignment:
 
     def __init__(self, student: nn.Module, settings: HiddenStates, own_stream: bool) -> None:
         self.handles: list[RemovableHandle] = []
-        for index, attention in converted_attention(student).items():
-            module = attention if settings.at == "attention" else _layer_of(student, attention)
+        attention = converted_attention(student)
+        modules = attention if settings.at == "attention" else _layers_of(student, attention)
+        for index, module in modules.items():
             apart = settings.kinds == "apart"
             if settings.form == "chained":
                 after: _Chained = _Chained(index, apart)
@@ -201,7 +203,7 @@ class Alignment:
 
     def close(self) -> None:
         """Remove the hooks."""
-        _remove(self.handles)
+        remove(self.handles)
 
 
 @dataclass
@@ -252,10 +254,11 @@ class _Beside(_Chained):
         self.measure(trace, kwargs, module.forward(*args, **kwargs))
 
 
-def _layer_of(model: nn.Module, attention: nn.Module) -> nn.Module:
-    """Return the decoder layer that holds an attention module."""
-    name = next(name for name, module in model.named_modules() if module is attention)
-    return model.get_submodule(name.rpartition(".")[0])
+def _layers_of(model: nn.Module, attention: Mapping[int, nn.Module]) -> dict[int, nn.Module]:
+    """Return the decoder layer that holds each attention module."""
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    return {index: modules[names[id(module)].rpartition(".")[0]] for index, module in attention.items()}
 
 
 def with_input(
@@ -271,7 +274,8 @@ def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
+def remove(handles: list[RemovableHandle]) -> None:
+    """Remove hooks, and forget them."""
     for handle in handles:
         handle.remove()
     handles.clear()

@@ -150,10 +150,7 @@ def _run_stage(
     set_seed(seed)
     model = adapt(student, stage.lora, selection)
     if stage.gradient_checkpointing:
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
+        recompute_layers(model)
     rows = _rows(stage, folder, teacher, task, seed)
     arguments = training_arguments(
         stage,
@@ -183,6 +180,12 @@ def _run_stage(
         write_tensors(folder.result, {n: p for n, p in done.named_parameters() if n in changed})
         folder.tidy()
     trainer.accelerator.wait_for_everyone()
+
+
+def recompute_layers(model: Any) -> None:
+    """Let the layers of a model run again in the backward pass; versions of transformers name that differently."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def share_frozen(student: nn.Module, teacher: nn.Module, selection: Selection) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import bridges
 from bridges.attention import LAYOUT_KWARG
-from recipes.alignment import TRACE, with_input
+from recipes.alignment import TRACE, remove, with_input
 from recipes.losses import attention_weights_loss
 from recipes.plan import AttentionWeights
 from recipes.selection import converted_attention
@@ -43,9 +43,7 @@ class WeightAlignment:
 
     def close(self) -> None:
         """Remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        remove(self.handles)
 
 
 @dataclass

@@ -7,6 +7,7 @@ import torch
 
 import bridges
 from recipes.alignment import TRACE, Alignment, TeacherTrace
+from recipes.distill import recompute_layers
 from recipes.losses import hidden_state_loss, valid_tokens
 from recipes.plan import HiddenStates
 from tests.recipes.toys import MODELS, batch
@@ -38,10 +39,7 @@ def align(kind, form, checkpointing=False, teacher_and_student=None):
     labels = inputs.pop("labels")
     assert labels is not None
     if checkpointing:
-        enable = (
-            getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
+        recompute_layers(student)
     recorder, alignment = TeacherTrace(teacher, student, settings), Alignment(student, settings, own_stream)
     trace = recorder(inputs)
     logits = student(**inputs, use_cache=False, **{TRACE: trace}).logits

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import bridges
+from recipes.distill import recompute_layers
 from recipes.errors import LossError
 from recipes.losses import attention_weights_loss, valid_tokens
 from recipes.objective import MICRO_BATCHES, Objective
@@ -139,11 +140,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, form):
     for checkpointing in (False, True):
         teacher, student = pair(kind, **INSIDE)
         if checkpointing:
-            enable = (
-                getattr(student, "activation_checkpointing_enable", None)
-                or student.gradient_checkpointing_enable
-            )
-            enable({"use_reentrant": False})
+            recompute_layers(student)
         torch.manual_seed(1)
         inputs = batch(kind)
         objective = Objective(Losses(attention_weights={"queries": 3}, **FORMS[form]), student, teacher)
