@@ -22,6 +22,8 @@ RESULTS = ROOT / "docs" / "results"
 NOT_MEASURED = "Not measured yet: there is no `docs/results/demo.json`. `make demo` makes one."
 KERNELS, TRIED = "ops_h100", "ops_tried"
 RECOVERIES = ("recovery_text", "ablations", "recovery_vlm")
+FORM = "form"
+"""What stands in the place of a measure for the forms of question, which are too many for columns."""
 OWN_PAGE = {KERNELS, TRIED, *RECOVERIES}
 """Results files that are shown on a page of their own."""
 
@@ -153,12 +155,17 @@ def recovery_tables(name: str, folder: Path = RESULTS) -> str:
     for heading in dict.fromkeys(_group(key)[0] for key in keys):
         if heading:
             own = {key: group for key in keys for of, group in [_group(key)] if of == heading}
-            scores = [
+            known = [row for row in rows if any(key in row for key in own)]
+            across = [
                 {"recipe": row["recipe"]} | {group: row.get(key) for key, group in own.items()}
-                for row in rows
-                if any(key in row for key in own)
+                for row in known
             ]
-            parts += [f"**{heading}**", markdown_table(scores, finely)]
+            down = [
+                {"group: form": group} | {row["recipe"]: row.get(key) for row in known}
+                for key, group in own.items()
+            ]
+            table = down if heading.endswith(FORM) else across
+            parts += [f"**{heading}**", markdown_table(table, finely)]
     return "\n\n".join([*parts, results.made_by])
 
 
@@ -190,7 +197,7 @@ def _summed(values: list[Any]) -> Any:
 
 def _group(key: str) -> tuple[str, str]:
     """Split ``"text perplexity fortunes"`` into a table and its column; the first is empty for a single figure."""
-    for measure in COUNTED:
+    for measure in (*COUNTED, FORM):
         task, found, group = key.partition(f" {measure} ")
         if found:
             return f"{task}: {measure}", group

@@ -32,7 +32,7 @@ class EvaluationError(RecipeError, ValueError):
 
 @dataclass(frozen=True)
 class Group:
-    """The part of an evaluation with one category, or one right answer.
+    """The part of an evaluation with one category, one right answer, or one form of question.
 
     Attributes:
         accuracy: Fraction of its questions that were answered rightly.
@@ -53,6 +53,7 @@ class Evaluation:
         questions: Questions asked.
         seconds: Wall-clock time, data preparation included.
         groups: Accuracy by the item's ``"category"``, or else its ``"answer"``; empty if it has neither.
+        forms: Accuracy by group and the item's ``"form"``, as (group, form); empty if it has none.
     """
 
     task: str
@@ -60,6 +61,7 @@ class Evaluation:
     questions: int
     seconds: float
     groups: dict[str, Group] = field(default_factory=dict)
+    forms: dict[tuple[str, str], Group] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a group, the largest first."""
@@ -157,15 +159,19 @@ def evaluate(
             if progress is not None:
                 progress(len(scores), len(items))
     by_group: dict[str, list[float]] = {}
+    by_form: dict[tuple[str, str], list[float]] = {}
     for item, score in zip(items, scores):
         if (name := item.get("category", item.get("answer"))) is not None:
             by_group.setdefault(str(name), []).append(score)
+            if (form := item.get("form")) is not None:
+                by_form.setdefault((str(name), str(form)), []).append(score)
     return Evaluation(
         task=task.name,
         accuracy=_mean(scores),
         questions=len(scores),
         seconds=time.perf_counter() - start,
         groups={name: Group(_mean(values), len(values)) for name, values in by_group.items()},
+        forms={name: Group(_mean(values), len(values)) for name, values in by_form.items()},
     )
 
 

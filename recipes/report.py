@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -42,10 +42,12 @@ class Report:
             ``chained`` (error of the stream after it), as fractions of the teacher's squared size; and where
             all mixers average ``attention``, the divergence of its attention weights from the teacher's on the
             teacher's input, KL over some text tokens.
+        forms: Rows likewise of the accuracies of each ``form`` of question in a group, where items have one.
     """
 
     rows: list[dict[str, Any]]
     layers: list[dict[str, Any]]
+    forms: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def figures(self) -> dict[str, float]:
@@ -111,14 +113,16 @@ def report(
         judges = [judge.model_copy(update={"limit": limit}) for judge in judges]
     yardstick = teacher if isinstance(teacher, Yardstick) else Yardstick(teacher)
     rows: list[dict[str, Any]] = []
+    forms: list[dict[str, Any]] = []
     for judge in judges:
         for measure in judge.measures:
             if say is not None:
                 say(f"{judge.label}: {measure}")
-            rows += _measured(judge, measure, student, yardstick)
+            for row in _measured(judge, measure, student, yardstick):
+                (forms if "form" in row else rows).append(row)
     if say is not None:
         say("errors of layers")
-    return Report(rows, layer_errors(student, yardstick.teacher.model, yardstick.task(judges[0])))
+    return Report(rows, layer_errors(student, yardstick.teacher.model, yardstick.task(judges[0])), forms)
 
 
 def _measured(
@@ -127,11 +131,11 @@ def _measured(
     task = yardstick.task(judge)
     common = {"task": judge.label, "measure": measure}
     arguments = judge.arguments(measure)
-    trivial: Mapping[str, float] = {}
+    trivial: Mapping[Any, float] = {}
     long_videos: Collection[str] | None = None
     if measure == "agreement":
         found = agreement(student, yardstick.continuations(judge), batch_size=judge.batch_size)
-        values = {"all": (1.0, found.agreement, found.tokens)}
+        values: dict[Any, tuple[float, float, int]] = {"all": (1.0, found.agreement, found.tokens)}
         values |= {name: (1.0, group.accuracy, group.questions) for name, group in found.groups.items()}
     elif measure == "perplexity":
         one, other = yardstick.perplexity(judge), perplexity(student, task, **arguments)
@@ -141,15 +145,17 @@ def _measured(
         first, second = yardstick.accuracy(judge), evaluate(student, task, **arguments)
         values = {"all": (first.accuracy, second.accuracy, first.questions)}
         values |= {n: (g.accuracy, second.groups[n].accuracy, g.questions) for n, g in first.groups.items()}
+        values |= {n: (g.accuracy, second.forms[n].accuracy, g.questions) for n, g in first.forms.items()}
         trivial, long_videos = getattr(task, "trivial", {}), getattr(task, "long_videos", None)
     for name, (whole, part, count) in values.items():
         better, worse = (whole, part) if measure == "perplexity" else (part, whole)
-        row = {**common, "group": name, "teacher": whole, "student": part}
+        named = {"group": name} if isinstance(name, str) else dict(zip(("group", "form"), name))
+        row = {**common, **named, "teacher": whole, "student": part}
         row["recovery"] = better / worse if worse else None
         if name in trivial:
             row |= {"trivial": trivial[name], "above_trivial": whole - trivial[name]}
         if long_videos is not None:
-            row["long_video"] = name in long_videos
+            row["long_video"] = row["group"] in long_videos
         yield {**row, "count": count}
 
 

@@ -14,7 +14,7 @@ from recipes.results import Results, Row, first_and_last, markdown_table, spent,
 COUNTED = {"accuracy": "questions", "agreement": "tokens", "perplexity": "tokens"}
 """Measure → what it is taken over."""
 
-SHOWN = ("group", "teacher", "student", "recovery", "trivial", "above_trivial")
+SHOWN = ("group", "form", "teacher", "student", "recovery", "trivial", "above_trivial")
 """What the page shows of a row of scores, besides the count."""
 
 PAGE, PICTURE, NUMBERS = "report.md", "report.png", "report.json"
@@ -30,11 +30,11 @@ def results(report: Report, history: Sequence[Row], command: str) -> Results:
 
     Returns:
         The report's figures, ``minutes`` and ``tokens`` of all stages together; each row names its ``table``:
-        ``scores``, ``layers`` or ``history``.
+        ``scores``, ``forms``, ``layers`` or ``history``.
     """
     cost = spent(history)
     sums: dict[str, Any] = {name: sum(row[name] for row in cost) for name in ("minutes", "tokens")}
-    tables = {"scores": report.rows, "layers": report.layers, "history": history}
+    tables = {"scores": report.rows, "forms": report.forms, "layers": report.layers, "history": history}
     rows = [{"table": name, **row} for name, rows in tables.items() for row in rows]
     return Results(command, {**report.figures, **sums}, rows)
 
@@ -85,12 +85,13 @@ def sections(found: Results, level: int = 2) -> list[str]:
         f"{mark} Figures",
         markdown_table([{"figure": f"`{n}`", "value": v} for n, v in found.figures.items()]),
     ]
-    scores = rows_of(found, "scores")
+    scores, forms = rows_of(found, "scores"), rows_of(found, "forms")
     for task, measure in dict.fromkeys((row["task"], row["measure"]) for row in scores):
-        own = [row for row in scores if (row["task"], row["measure"]) == (task, measure)]
         columns = {key: key for key in SHOWN} | {"count": COUNTED[measure]}
-        shown = [{name: row[key] for key, name in columns.items() if key in row} for row in own]
-        parts += [f"{mark} {task}: {measure}", markdown_table(shown)]
+        for title, rows in ((measure, scores), (f"{measure} by form of question", forms)):
+            own = [row for row in rows if (row["task"], row["measure"]) == (task, measure)]
+            shown = [{name: row[key] for key, name in columns.items() if key in row} for row in own]
+            parts += [f"{mark} {task}: {title}", markdown_table(shown)] if own else []
     if layers := rows_of(found, "layers"):
         parts += [f"{mark} Errors of layers"]
         parts += [

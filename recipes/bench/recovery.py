@@ -112,7 +112,8 @@ def recovery(recipe: Recipe, folder: Path, shelf: Shelf, say: Say, *, debug: boo
 
     Returns:
         The row of ``"the teacher"``, then the student's. Both: ``recipe``, those of :data:`FIGURES` that were
-        measured, and a score a task, measure and group, such as ``"text perplexity fortunes"``. The teacher's
+        measured, and a score a task, measure and group, such as ``"text perplexity fortunes"``, or form of question
+        in it, ``"pictures form slideshow 1024: after"``. The teacher's
         also, where trivial answers are known: ``above_trivial_min``, the least by which it stands above them. The
         student's also: ``seed``, ``steps`` taken, ``tokens`` read, ``minutes`` of training (without loading and the
         teacher's own answers), ``seconds_a_step``, and by stage those of :data:`BY_STAGE` that are known. A run
@@ -266,4 +267,5 @@ def _figures(found: Report) -> dict[str, float]:
 
 
 def _scores(found: Report, side: str) -> dict[str, float]:
-    return {f"{row['task']} {row['measure']} {row['group']}": row[side] for row in found.rows}
+    groups = {f"{row['task']} {row['measure']} {row['group']}": row[side] for row in found.rows}
+    return groups | {f"{row['task']} form {row['group']}: {row['form']}": row[side] for row in found.forms}

@@ -49,7 +49,8 @@ class Task(Protocol):
     Where rows differ much in length, `train` may have an attribute `sizes`, about how many tokens each item
     has; rows of like size are then batched together. A task may also have an attribute `trivial`, category → the
     score that answers without a look would have; reports show it. A task that shows pictures has an attribute
-    `long_videos`, those of its categories that are long videos; reports sum such tasks up together.
+    `long_videos`, those of its categories that are long videos; reports sum such tasks up together. Test items may
+    have a `"category"`, and a `"form"` of question within it; accuracy is given for each.
 
     Attributes:
         name: Short name for tables and file names.

@@ -81,6 +81,19 @@ def test_a_judge_with_a_name_and_what_is_told_by_stage_have_tables_of_their_own(
         assert lines[start + 2] == f"| ours | {value} |"
 
 
+def test_forms_of_question_are_lines_of_one_table(hooks: ModuleType, tmp_path: Path) -> None:
+    forms = {"pictures form slideshow 64: after": 0.5, "pictures form slideshow 64: end": 0.75}
+    rows = [{**TEACHER, **dict.fromkeys(forms, 1.0)}, run("ours", 0, 1.0, **forms)]
+    Results("x", {}, rows).write(tmp_path / "recovery_vlm.json")
+    lines = hooks.recovery_tables("recovery_vlm", tmp_path).splitlines()
+    start = lines.index("**pictures: form**") + 2
+    assert lines[start] == "| group: form | teacher | ours |"
+    assert lines[start + 2 : start + 4] == [
+        "| slideshow 64: after | 1.000 | 0.500 |",
+        "| slideshow 64: end | 1.000 | 0.750 |",
+    ]
+
+
 def test_seeds_of_a_recipe_are_a_mean_and_a_spread(hooks: ModuleType) -> None:
     rows = [
         run("ours", 0, 1.0),

@@ -22,6 +22,7 @@ def riddles_that_the_model_solves(kind: str, model: torch.nn.Module, wrong: int 
         generated = model.generate(**prompt, max_new_tokens=task.max_new_tokens, do_sample=False)
         item["answer"] = generated[0, prompt["input_ids"].shape[1] :].tolist()
         item["category"] = "even" if number % 2 == 0 else "odd"
+        item["form"] = "early" if number < 6 else "late"
         if number < wrong:
             item["answer"] = [*item["answer"][:-1], -1]
     return task
@@ -44,6 +45,12 @@ def test_left_padded_batches_give_the_answers_that_single_prompts_give(kind: str
         "odd": (5 / 6, 6),
     }
     assert [row["questions"] for row in found.rows()] == [6, 6]
+    assert {name: (g.accuracy, g.questions) for name, g in found.forms.items()} == {
+        ("even", "early"): (1 / 3, 3),
+        ("odd", "early"): (2 / 3, 3),
+        ("even", "late"): (1, 3),
+        ("odd", "late"): (1, 3),
+    }
 
 
 def test_a_limit_is_spread_over_the_split() -> None:

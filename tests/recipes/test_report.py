@@ -87,6 +87,21 @@ def test_groups_of_long_videos_are_those_that_the_task_names(teacher: Teacher, t
     assert not [row for row in rows if row["measure"] == "perplexity" and "long_video" in row]
 
 
+def test_forms_of_question_are_rows_of_their_own(teacher: Teacher, task: Riddles) -> None:
+    task.long_videos = {"known"}
+    for place, item in enumerate(task.test):
+        item["form"] = "early" if place < 3 else "late"
+    plan = recipe(stage(), judged_by=[{"task": "riddles", "measures": ["accuracy", "perplexity"]}])
+    found = report(plan, student_of(teacher, "attention"), teacher)
+    told = {(row["group"], row["form"]): row for row in found.forms}
+    assert set(told) == {(group, form) for group in ("known", "unknown") for form in ("early", "late")}
+    assert all(row["measure"] == "accuracy" for row in found.forms)
+    assert all(row["teacher"] == row["student"] == float(row["group"] == "known") for row in found.forms)
+    assert sum(row["count"] for row in found.forms) == len(task.test)
+    assert not [row for row in found.rows if "form" in row]
+    assert found.figures == Report(found.rows, []).figures
+
+
 def test_a_twin_keeps_everything(teacher: Teacher, task: Riddles) -> None:
     twin = student_of(teacher, "attention")
     plan = recipe(stage(), judged_by=[{"task": "riddles", "measures": MEASURES, "batch_size": 4}])

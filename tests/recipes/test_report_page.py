@@ -24,6 +24,7 @@ FOUND = Report(
         row("recall", "accuracy", "count 128", 0.0, 0.0),
     ],
     [{"layer": 0, "injected": 0.01, "chained": 0.1}, {"layer": 3, "injected": 0.02, "chained": 0.0}],
+    [{**row("recall", "accuracy", "count 128", 0.25, 0.125), "form": "twice"}],
 )
 HISTORY = [
     {
@@ -51,6 +52,7 @@ def test_the_numbers_are_all_there(tmp_path: Path) -> None:
     assert written == found
     assert written.figures == {**FOUND.figures, "minutes": 2.0, "tokens": 4000}
     assert report_page.rows_of(written, "scores") == FOUND.rows
+    assert report_page.rows_of(written, "forms") == FOUND.forms
     assert report_page.rows_of(written, "layers") == FOUND.layers
     assert report_page.rows_of(written, "history") == HISTORY
 
@@ -67,6 +69,9 @@ def test_the_page_has_a_table_a_task_and_measure_and_says_how_it_was_made(tmp_pa
         "| fortunes | 20 | 40 | 0.5 | 10 |",
         "| group | teacher | student | recovery | questions |",
         "| count 128 | 0 | 0 | – | 10 |",
+        "## recall: accuracy by form of question",
+        "| group | form | teacher | student | recovery | questions |",
+        "| count 128 | twice | 0.25 | 0.125 | 0.5 | 10 |",
         "| 3 | 0.02 | 0 |",
         "| two | token_kd | 4 | 2 |",
         "| two | 2 | 2,000 | 1 | 33.3 |",
