@@ -89,6 +89,20 @@ def test_the_table_has_a_row_a_recipe_and_seed_and_the_teachers(tmp_path: Path, 
     assert (runs / "main-1" / "student").is_dir()
 
 
+def test_forms_of_question_have_scores_of_their_own(
+    tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Riddles(images=False)
+    task.test = [{**item, "category": "long", "form": form} for item, form in zip(task.train, ("one", "other"))]
+    monkeypatch.setattr("recipes.yardstick.load_task", lambda *_: task)
+    file = tmp_path / "r.json"
+    found = linmu(saved(tmp_path, "main"), "--out", tmp_path / "runs", "--json", file)
+    assert found.exit_code == 0, found.output
+    for scored in Results.read(file).rows:
+        forms = [scored[f"recall form long: {form}"] for form in ("one", "other")]
+        assert sum(forms) / 2 == scored["recall accuracy long"]
+
+
 def test_recipes_of_one_teacher_ask_it_once(
     tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
