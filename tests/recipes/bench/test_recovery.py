@@ -93,7 +93,9 @@ def test_forms_of_question_have_scores_of_their_own(
     tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = Riddles(images=False)
-    task.test = [{**item, "category": "long", "form": form} for item, form in zip(task.train, ("one", "other"))]
+    task.test = [
+        {**item, "category": "long", "form": form} for item, form in zip(task.train, ("one", "other"))
+    ]
     monkeypatch.setattr("recipes.yardstick.load_task", lambda *_: task)
     file = tmp_path / "r.json"
     found = linmu(saved(tmp_path, "main"), "--out", tmp_path / "runs", "--json", file)
