@@ -21,14 +21,17 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 NOT_MEASURED = "Not measured yet: there is no `docs/results/demo.json`. `make demo` makes one."
 KERNELS, TRIED = "ops_h100", "ops_tried"
-RECOVERIES = ("recovery_text", "ablations", "recovery_vlm")
 FORM = "form"
 """What stands in the place of a measure for the forms of question, which are too many for columns."""
-OWN_PAGE = {KERNELS, TRIED, *RECOVERIES}
-"""Results files that are shown on a page of their own."""
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):<code>(~?)([\w.]+)</code>")
 RECOVERY_TABLE = re.compile(r"^<!-- docs/results/(\w+)\.json -->$", re.MULTILINE)
+OWN_PAGE = {
+    KERNELS,
+    TRIED,
+    *RECOVERY_TABLE.findall((ROOT / "docs" / "quality.md").read_text(encoding="utf-8")),
+}
+"""Results files that are shown on a page of their own."""
 README_TABLE = re.compile(r"(?<=<!-- docs/results/demo.json -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 

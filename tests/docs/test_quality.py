@@ -134,7 +134,7 @@ def test_a_report_is_shown_whole(hooks: ModuleType, tmp_path: Path) -> None:
         assert line in shown.splitlines()
 
 
-@pytest.mark.parametrize("name", ["recovery_text", "ablations", "recovery_vlm"])
+@pytest.mark.parametrize("name", ["recovery_text", "ablations", "recovery_vlm", "recovery_vlm_before"])
 def test_the_page_of_all_results_leaves_them_to_their_own(
     name: str, hooks: ModuleType, tmp_path: Path
 ) -> None:
