@@ -26,12 +26,6 @@ FORM = "form"
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):<code>(~?)([\w.]+)</code>")
 RECOVERY_TABLE = re.compile(r"^<!-- docs/results/(\w+)\.json -->$", re.MULTILINE)
-OWN_PAGE = {
-    KERNELS,
-    TRIED,
-    *RECOVERY_TABLE.findall((ROOT / "docs" / "quality.md").read_text(encoding="utf-8")),
-}
-"""Results files that are shown on a page of their own."""
 README_TABLE = re.compile(r"(?<=<!-- docs/results/demo.json -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -73,10 +67,12 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def results_page(folder: Path = RESULTS) -> str:
-    """Write every results file of a folder as Markdown."""
+    """Write every results file of a folder as Markdown, but for those that another page shows."""
+    quality = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    elsewhere = {KERNELS, TRIED, *RECOVERY_TABLE.findall(quality)}
     parts = [NOT_MEASURED] if not (folder / "demo.json").exists() else []
     for path in sorted(folder.glob("*.json")):
-        if path.stem in OWN_PAGE:
+        if path.stem in elsewhere:
             continue
         results = Results.read(path)
         parts.append(f"## {path.stem}")
@@ -159,15 +155,16 @@ def recovery_tables(name: str, folder: Path = RESULTS) -> str:
         if heading:
             own = {key: group for key in keys for of, group in [_group(key)] if of == heading}
             known = [row for row in rows if any(key in row for key in own)]
-            across = [
-                {"recipe": row["recipe"]} | {group: row.get(key) for key, group in own.items()}
-                for row in known
-            ]
-            down = [
-                {"group: form": group} | {row["recipe"]: row.get(key) for row in known}
-                for key, group in own.items()
-            ]
-            table = down if heading.endswith(FORM) else across
+            if heading.endswith(FORM):
+                table = [
+                    {"group: form": group} | {row["recipe"]: row.get(key) for row in known}
+                    for key, group in own.items()
+                ]
+            else:
+                table = [
+                    {"recipe": row["recipe"]} | {group: row.get(key) for key, group in own.items()}
+                    for row in known
+                ]
             parts += [f"**{heading}**", markdown_table(table, finely)]
     return "\n\n".join([*parts, results.made_by])
 

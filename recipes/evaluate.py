@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from recipes.errors import RecipeError
 from recipes.losses import predicted_tokens
 
 One = TypeVar("One")
+Name = TypeVar("Name")
 Progress = Callable[[int, int], None]
 """Told (done, total) after each batch."""
 
@@ -170,8 +171,8 @@ def evaluate(
         accuracy=_mean(scores),
         questions=len(scores),
         seconds=time.perf_counter() - start,
-        groups={name: Group(_mean(values), len(values)) for name, values in by_group.items()},
-        forms={name: Group(_mean(values), len(values)) for name, values in by_form.items()},
+        groups=_grouped(by_group),
+        forms=_grouped(by_form),
     )
 
 
@@ -280,6 +281,10 @@ def judged(model: PreTrainedModel) -> Iterator[None]:
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """Move a batch."""
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _grouped(scores: Mapping[Name, Sequence[float]]) -> dict[Name, Group]:
+    return {name: Group(_mean(values), len(values)) for name, values in scores.items()}
 
 
 def _mean(values: Sequence[float]) -> float:
