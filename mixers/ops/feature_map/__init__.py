@@ -8,12 +8,17 @@ from mixers.ops import triton_support
 from mixers.ops.dispatch import Op
 from mixers.ops.feature_map import reference
 
+WIDEST_HEAD, MOST_FEATURES = 128, 256
+
 feature_map = Op("feature_map")
 
 
 def _unsupported(x: Tensor, weight: Tensor) -> str | None:
-    if max(x.shape[-1], weight.shape[-1]) > 128:
-        return f"it takes heads and features of at most 128, found {x.shape[-1]} and {weight.shape[-1]}"
+    if x.shape[-1] > WIDEST_HEAD or weight.shape[-1] > MOST_FEATURES:
+        return (
+            f"it takes heads of at most {WIDEST_HEAD} and features of at most {MOST_FEATURES}, found {x.shape[-1]} "
+            f"and {weight.shape[-1]}"
+        )
     return triton_support.off_device(x, weight)
 
 

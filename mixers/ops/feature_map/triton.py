@@ -89,9 +89,9 @@ def _config(x: Tensor, features: int, backward: bool) -> dict[str, int]:
     p2, r2 = (max(triton.next_power_of_2(width), 16) for width in (x.shape[3], features))
     narrow = x.dtype.itemsize == 2
     if backward:
-        block_n, warps = (32, 8) if narrow else (16, 16 if max(p2, r2) > 64 else 8)
+        block_n, warps = (32, 16 if r2 > 128 else 8) if narrow else (16, 16 if max(p2, r2) > 64 else 8)
     else:
-        block_n, warps = (64, 4) if narrow else (32, 8)
+        block_n, warps = (64, 8 if r2 > 128 else 4) if narrow else (32, 8)
     return {"BLOCK_N": block_n, "P2": p2, "R2": r2, "num_warps": warps, "num_stages": 1}
 
 

@@ -10,7 +10,7 @@ from mixers.ops import triton_support
 from mixers.ops.dispatch import Op
 from mixers.ops.ssd import reference
 
-WIDEST_STATE, WIDEST_HEAD = 256, 128
+WIDEST_STATE, WIDEST_HEAD = 512, 128
 
 ssd = Op("ssd")
 

@@ -12,7 +12,7 @@ from mixers.ops.feature_map.triton import feature_map
 
 def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for width, features in ((128, 128), (64, 64), (64, 128), (32, 32)):
+        for width, features in ((128, 128), (64, 64), (64, 128), (64, 256), (128, 256), (32, 32)):
             yield f"feature_map {dtype} {width} to {features}", call(dtype, width, features)
 
 

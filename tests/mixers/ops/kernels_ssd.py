@@ -16,6 +16,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         (torch.bfloat16, 28, 4, 128, 128, 28, False, True, False),
         (torch.bfloat16, 28, 4, 256, 128, 4, True, True, True),
         (torch.bfloat16, 9, 3, 256, 64, 3, True, True, False),  # features twice as wide as a head
+        (torch.bfloat16, 9, 3, 512, 64, 3, True, True, False),  # and four times
         (torch.bfloat16, 28, 4, 128, 128, 4, False, False, False),
         (torch.bfloat16, 28, 4, 128, 128, 4, True, True, False),
         (torch.float16, 6, 2, 64, 96, 2, True, True, False),

@@ -55,6 +55,10 @@ def test_narrow_types(dtype: torch.dtype) -> None:
     check(*draw(1, 70, 2, 32, dtype), 2e-2 if rounded else TOLERANCE[dtype])
 
 
+def test_more_features_than_half_a_state() -> None:
+    check(*draw(1, 40, 2, 16, torch.float32, 200), 1e-5)
+
+
 def test_far_from_zero() -> None:
     x, weight = draw(1, 20, 2, 16, torch.float32)
     check(x * 100, weight, 1e-5)
@@ -89,7 +93,9 @@ def test_at_size(dtype: torch.dtype, width: int, heads: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("width", "features"), [(64, 128), (128, 64), (32, 128), (24, 40)])
+@pytest.mark.parametrize(
+    ("width", "features"), [(64, 128), (128, 64), (32, 128), (24, 40), (64, 256), (128, 200)]
+)
 def test_features_at_size(dtype: torch.dtype, width: int, features: int) -> None:
     check(*draw(2, 5_003, 9, width, dtype, features), TOLERANCE[dtype])
 

@@ -191,6 +191,13 @@ def test_several_chunks_and_segments(kind: str, small_cuts: None) -> None:
     compare(inputs, layout.scan("wht"), layout.valid, denominator=True, start=True)
 
 
+@pytest.mark.parametrize("denominator", [False, True], ids=["sum", "mean"])
+def test_states_wider_than_a_program_holds(denominator: bool) -> None:
+    layout = TokenLayout.from_grids(40, [[(5, (2, 3, 5))]]).to(DEVICE)
+    inputs = draw((1, 40), (2, 1), 300, 17, False, positive=denominator)
+    compare(inputs, layout.scan("hwt"), None, denominator=denominator, start=True)
+
+
 @pytest.mark.parametrize("what", ["skip", "norm_weight", "gate", "all"])
 @pytest.mark.parametrize("learns", [False, True], ids=["at inference", "in training"])
 def test_finishing_in_the_same_pass(what: str, learns: bool) -> None:
@@ -252,8 +259,8 @@ def test_lower_precision_is_refused_nowhere_and_fp64_everywhere() -> None:
     inputs = draw((1, 8), (2, 1), 8, 16, False, positive=False)
     with pytest.raises(BackendError, match="float64"):
         ssd(*(t.to(DEVICE) for t in inputs[:3]), tuple(t.to(DEVICE) for t in inputs[3:5]), backend="triton")
-    wide = torch.zeros(1, 8, 2, 512, device=DEVICE)
-    with pytest.raises(BackendError, match="at most 256 by 128"):
+    wide = torch.zeros(1, 8, 2, 1024, device=DEVICE)
+    with pytest.raises(BackendError, match="at most 512 by 128"):
         ssd(wide, wide, wide, (wide[..., 0], wide[..., 0]), backend="triton")
 
 
@@ -311,6 +318,9 @@ def test_on_the_chip(kind: str, dtype: torch.dtype, per_head: bool, denominator:
         (128, 128, False, True),
         (256, 128, True, False),
         (200, 40, True, True),
+        (512, 64, True, False),
+        (512, 128, True, True),
+        (300, 96, False, False),
     ],
 )
 def test_widths_on_the_chip(

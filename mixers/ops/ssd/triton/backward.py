@@ -189,6 +189,7 @@ def _scan_backward(
         G=groups,
         E=e,
         BLOCK_K=cut.inputs.block,
+        TILES_K=cut.k // cut.inputs.block,
         STAGES=cut.inputs.stages,
         num_warps=cut.inputs.warps,
         **shape,

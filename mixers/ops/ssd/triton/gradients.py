@@ -398,6 +398,7 @@ def input_gradients(
     Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    TILES_K: tl.constexpr,
     BOTH: tl.constexpr,
     DENOMINATOR: tl.constexpr,
     TERMS: tl.constexpr,
@@ -407,7 +408,8 @@ def input_gradients(
 ):
     """Add to the gradients of B and X those within a chunk, and finish those of the decays, [B, N, E] by token.
 
-    Matrices are [j, i]: a row a key, a column a query.
+    Matrices are [j, i]: a row a key, a column a query. Where K takes several tiles, what is pulled is made again for
+    each, since the gradient of B is not held whole.
     """
     R: tl.constexpr = H // E
     pid = tl.program_id(0)
@@ -422,11 +424,7 @@ def input_gradients(
     padded = chunks * Q
     known = inside[:, None] & (ks < K)[None]
     real = inside[:, None] & (ps < P)[None]
-    key = tl.load(
-        head_rows(b, row, group, tokens, ks, b_row, b_token, b_head),
-        mask=known,
-        other=0,
-    ).to(DOT)
+    keys = head_rows(b, row, group, tokens, ks, b_row, b_token, b_head)
     value = tl.load(
         head_rows(x, row, group, tokens, ps, x_row, x_token, x_head),
         mask=real,
@@ -440,22 +438,47 @@ def input_gradients(
     dts = pair_dts(sums, row, decay, steps, steps, B, E, padded, TERMS, BOTH)
     weight = decays * tl.trans(dts)
     place = (row.to(tl.int64) * length + tokens) * E + decay
-    found_b = tl.load(grad_b + place[:, None] * K + ks[None], mask=known, other=0).to(tl.float32)
+    into_b = grad_b + place[:, None] * K + ks[None]
+    if TILES_K == 1:
+        key = tl.load(keys, mask=known, other=0).to(DOT)
+        found_b = tl.load(into_b, mask=known, other=0).to(tl.float32)
     found_x = tl.load(grad_x + place[:, None] * P + ps[None], mask=real, other=0).to(tl.float32)
     products = tl.zeros([Q, Q], tl.float32)
-    for r in tl.range(R, num_stages=STAGES):
+    for r in tl.range(R, num_stages=STAGES if TILES_K == 1 else 1):
         at = (row.to(tl.int64) * length + tokens) * H + decay * R + r
-        query = tl.load(queries + r * c_head, mask=known, other=0).to(DOT)
         grad, _ = numerator_gradient(grad_y, denominators, at, inside, ps, floor, P, DENOMINATOR)
         grad = grad.to(DOT)
-        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         pulled = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
         if DENOMINATOR:
             pulled += tl.load(grad_ones + at, mask=inside, other=0)[None]
+        if TILES_K == 1:
+            query = tl.load(queries + r * c_head, mask=known, other=0).to(DOT)
+            scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+            found_b = tl.dot((pulled * weight).to(DOT), query, found_b, input_precision=PRECISION)
+        else:
+            scores = tl.zeros([Q, Q], tl.float32)
+            for some in tl.range(0, TILES_K * BLOCK_K, BLOCK_K, num_stages=STAGES):
+                known = inside[:, None] & (some + ks < K)[None]
+                key = tl.load(keys + some, mask=known, other=0).to(DOT)
+                query = tl.load(queries + r * c_head + some, mask=known, other=0).to(DOT)
+                scores = tl.dot(key, tl.trans(query), scores, input_precision=PRECISION)
         products += scores * pulled
         found_x = tl.dot((scores * weight).to(DOT), grad, found_x, input_precision=PRECISION)
-        found_b = tl.dot((pulled * weight).to(DOT), query, found_b, input_precision=PRECISION)
-    tl.store(grad_b + place[:, None] * K + ks[None], found_b.to(grad_b.dtype.element_ty), mask=known)
+    if TILES_K == 1:
+        tl.store(into_b, found_b.to(grad_b.dtype.element_ty), mask=known)
+    else:
+        for some in tl.range(0, TILES_K * BLOCK_K, BLOCK_K, num_stages=1):
+            known = inside[:, None] & (some + ks < K)[None]
+            found_b = tl.load(into_b + some, mask=known, other=0).to(tl.float32)
+            for r in tl.range(R, num_stages=STAGES):
+                at = (row.to(tl.int64) * length + tokens) * H + decay * R + r
+                grad, _ = numerator_gradient(grad_y, denominators, at, inside, ps, floor, P, DENOMINATOR)
+                pulled = tl.dot(value, tl.trans(grad.to(DOT)), input_precision=PRECISION)
+                if DENOMINATOR:
+                    pulled += tl.load(grad_ones + at, mask=inside, other=0)[None]
+                query = tl.load(queries + r * c_head + some, mask=known, other=0).to(DOT)
+                found_b = tl.dot((pulled * weight).to(DOT), query, found_b, input_precision=PRECISION)
+            tl.store(into_b + some, found_b.to(grad_b.dtype.element_ty), mask=known)
     tl.store(grad_x + place[:, None] * P + ps[None], found_x.to(grad_x.dtype.element_ty), mask=real)
 
     products *= decays

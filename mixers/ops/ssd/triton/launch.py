@@ -19,6 +19,9 @@ Result = TypeVar("Result")
 NARROWEST = 64
 """Narrower tiles gave wrong gradients of C on an H100 with Triton 3.6, in 16 bits only."""
 
+WIDEST_HELD = 256
+"""The widest B whose gradient a program holds whole."""
+
 LONGEST_SEGMENT = 32
 FEWEST_PROGRAMS = 264
 
@@ -112,11 +115,12 @@ def forward_cuts(
 def backward_cuts(width: int, values: int, dtype: torch.dtype, device: torch.device) -> list[BackwardCut]:
     """List how the backward pass can be cut for K = ``width`` and P = ``values``, the fastest first."""
     k, p, room = padded(width), padded(values), triton_support.shared_memory(device)
+    held = k if k <= WIDEST_HELD else 128
     if dtype == torch.float32:
         run, wide = Run(min(k, 32), 4, 1), Run(min(k, 32), 8, 1)
-        return [BackwardCut(32, k, p, queries=run, states=run, through=wide, inputs=Run(k, 8, 1))]
+        return [BackwardCut(32, k, p, queries=run, states=run, through=wide, inputs=Run(held, 8, 1))]
     large = room >= 200 * 1024
-    tile = dtype.itemsize * 64 * (k + p)
+    tile = dtype.itemsize * 64 * (held + p)
     stages = max(s for s in (1, 2, 3) if s == 1 or s * tile * 1.25 <= room)
     best = BackwardCut(
         64,
@@ -125,14 +129,14 @@ def backward_cuts(width: int, values: int, dtype: torch.dtype, device: torch.dev
         queries=Run(32, 4, 3 if large else 2),
         states=Run(min(k, 64), 4 if large else 8, 3 if large else 2),
         through=Run(min(k, 64 if large else 32), 8, 1),
-        inputs=Run(k, 8, stages),
+        inputs=Run(held, 8, stages),
     )
     small = replace(
         best,
         queries=Run(32, 4, 1),
         states=Run(min(k, 64), 8, 1),
         through=Run(32, 8, 1),
-        inputs=Run(k, 8, 1),
+        inputs=Run(held, 8, 1),
     )
     return [best, small]
 
