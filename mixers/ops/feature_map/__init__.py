@@ -19,7 +19,17 @@ def _unsupported(x: Tensor, weight: Tensor) -> str | None:
             f"it takes heads of at most {WIDEST_HEAD} and features of at most {MOST_FEATURES}, found {x.shape[-1]} "
             f"and {weight.shape[-1]}"
         )
-    return triton_support.off_device(x, weight)
+    elsewhere = triton_support.off_device(x, weight)
+    if elsewhere is not None:
+        return elsewhere
+    width, features = (1 << (size - 1).bit_length() for size in (x.shape[-1], weight.shape[-1]))
+    needed, room = 4 * (width * features + 16 * (width + features)), triton_support.shared_memory(x.device)
+    if needed > room:
+        return (
+            f"a map from {x.shape[-1]} to {weight.shape[-1]} features may take {needed:,} bytes of shared memory, and "
+            f"this chip has {room:,}"
+        )
+    return None
 
 
 @feature_map.backend(

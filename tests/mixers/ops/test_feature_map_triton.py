@@ -59,6 +59,14 @@ def test_more_features_than_half_a_state() -> None:
     check(*draw(1, 40, 2, 16, torch.float32, 200), 1e-5)
 
 
+def test_maps_too_large_for_a_chip_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_support, "shared_memory", lambda device: 99 * 1024)
+    unsupported = feature_map.backends["triton"].unsupported
+    assert unsupported(*draw(1, 4, 1, 64, torch.float32, 256)) is None
+    reason = unsupported(*draw(1, 4, 1, 128, torch.float32, 256))
+    assert reason is not None and "from 128 to 256 features" in reason and "101,376" in reason
+
+
 def test_far_from_zero() -> None:
     x, weight = draw(1, 20, 2, 16, torch.float32)
     check(x * 100, weight, 1e-5)
