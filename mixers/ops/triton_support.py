@@ -72,6 +72,11 @@ def shared_memory(device: torch.device) -> int:
     return _shared_memory(device.index if device.index is not None else torch.cuda.current_device())
 
 
+def roomy(device: torch.device) -> bool:
+    """Return whether one program can have about as much shared memory as on Hopper, so that tiles may be large."""
+    return shared_memory(device) >= 200 * 1024
+
+
 @functools.cache
 def _shared_memory(index: int) -> int:
     properties = torch.cuda.get_device_properties(index)

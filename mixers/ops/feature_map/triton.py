@@ -12,8 +12,6 @@ from mixers.ops.eager import custom_op
 from mixers.ops.feature_map.reference import check
 from mixers.ops.strides import leading, rows
 
-LARGE = 200 * 1024
-"""Bytes of shared memory with which wide maps need not go in small tiles."""
 PROGRAMS = 512
 """How many programs of the backward pass share the tokens of all heads; each leaves a partial sum."""
 
@@ -92,7 +90,7 @@ def _config(x: Tensor, features: int, backward: bool) -> dict[str, int]:
     narrow = x.dtype.itemsize == 2
     if backward:
         block_n, warps = (32, 16 if r2 > 128 else 8) if narrow else (16, 16 if max(p2, r2) > 64 else 8)
-        if r2 > 128 and triton_support.shared_memory(x.device) < LARGE:
+        if r2 > 128 and not triton_support.roomy(x.device):
             block_n = 16
     else:
         block_n, warps = (64, 8 if r2 > 128 else 4) if narrow else (32, 8)

@@ -104,7 +104,9 @@ def _config(q: Tensor, y: Tensor) -> dict[str, object]:
     """Tokens of a tile, the padded width of a head, warps, and the types of the products with keys and with values."""
     wide = max(triton.next_power_of_2(q.shape[3]), 16)
     dots = {"DOT_K": triton_support.dot_type(q.dtype), "DOT_V": triton_support.dot_type(y.dtype)}
-    block_n = 64 if q.dtype.itemsize == 2 else 16
+    block_n = 16
+    if q.dtype.itemsize == 2:
+        block_n = 64 if wide <= 64 or triton_support.roomy(q.device) else 32
     return {**dots, "BLOCK_N": block_n, "P2": wide, "S2": SINKS, "num_warps": 8 if wide > 64 else 4}
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.parametrize("op", MODULES)
-@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("chip", [86, 90])
 def test_kernels_compile(op: str, chip: int) -> None:
     """In a process of its own: one that interprets kernels cannot compile them."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

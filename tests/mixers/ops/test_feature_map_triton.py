@@ -64,7 +64,9 @@ def test_maps_too_large_for_a_chip_are_refused(monkeypatch: pytest.MonkeyPatch) 
     unsupported = feature_map.backends["triton"].unsupported
     assert unsupported(*draw(1, 4, 1, 64, torch.float32, 256)) is None
     reason = unsupported(*draw(1, 4, 1, 128, torch.float32, 256))
-    assert reason is not None and "from 128 to 256 features" in reason and "101,376" in reason
+    assert reason is not None
+    assert "from 128 to 256 features" in reason
+    assert "101,376" in reason
 
 
 def test_far_from_zero() -> None:

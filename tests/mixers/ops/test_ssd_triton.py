@@ -50,7 +50,7 @@ def small_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def backward_cuts(width: int, values: int, *_: object) -> list[BackwardCut]:
         k = padded(width)
-        return [BackwardCut(16, k, padded(values), run, run, run, Run(k, 4, 1))]
+        return [BackwardCut(16, k, padded(values), run, run, run, run)]
 
     monkeypatch.setattr(forward, "forward_cuts", forward_cuts)
     monkeypatch.setattr(backward, "backward_cuts", backward_cuts)

@@ -119,7 +119,7 @@ def backward_cuts(width: int, values: int, dtype: torch.dtype, device: torch.dev
     if dtype == torch.float32:
         run, wide = Run(min(k, 32), 4, 1), Run(min(k, 32), 8, 1)
         return [BackwardCut(32, k, p, queries=run, states=run, through=wide, inputs=Run(held, 8, 1))]
-    large = room >= 200 * 1024
+    large = triton_support.roomy(device)
     tile = dtype.itemsize * 64 * (held + p)
     stages = max(s for s in (1, 2, 3) if s == 1 or s * tile * 1.25 <= room)
     best = BackwardCut(
@@ -136,7 +136,7 @@ def backward_cuts(width: int, values: int, dtype: torch.dtype, device: torch.dev
         queries=Run(32, 4, 1),
         states=Run(min(k, 64), 8, 1),
         through=Run(32, 8, 1),
-        inputs=Run(held, 8, 1),
+        inputs=Run(min(k, 64), 8, 1),
     )
     return [best, small]
 
