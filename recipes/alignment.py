@@ -1,15 +1,16 @@
 """Hidden-state alignment: hooks that show what the teacher did and measure how far the student is from it.
 
 In the *injected* form each mixer of the student gets the input that the teacher's attention had, and its
-output is compared with the teacher's; no gradient passes between layers. Where no other loss needs the
-student's own stream, the teacher's output also goes on in place of the mixer's, so the graph of a layer
-ends there, and with gradient checkpointing one layer's graph is alive at a time. Otherwise the mixer is
-called a second time, beside the stream. In the *chained* form the student's own stream is compared.
+output is compared with the teacher's; no gradient passes between layers, so each layer's is taken at once, and
+one layer's graph is alive at a time. Where no other loss needs the student's own stream, the teacher's output
+also goes on in place of the mixer's. Otherwise the mixer is called a second time, beside the stream. In the
+*chained* form the student's own stream is compared.
 
 The hooks run inside the student's forward, under whatever wraps it, and get the keyword
 arguments that Hugging Face passes. What the teacher did comes to them as one of these, so gradient
 checkpointing, which calls a layer again in the backward pass, compares it with the same batch again; a
-forward without it, such as an evaluation between two steps, is left alone.
+forward without it, such as an evaluation between two steps, is left alone. A layer that runs again has its
+gradient taken then.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from recipes.data.task import Batch
 from recipes.errors import LossError
 from recipes.losses import hidden_state_loss, valid_tokens
 from recipes.plan import HiddenStates
+from recipes.recompute import recomputes
 from recipes.selection import converted_attention
+from recipes.settled import settled
 
 TRACE = "linmu_trace"
 """Keyword argument by which a :class:`Trace` reaches the student's layers."""
@@ -56,10 +59,12 @@ class Trace:
     losses: dict[str, dict[int, Tensor]] | None = field(default_factory=dict)
     _drawn: tuple[Tensor, Tensor] | None = None
 
-    def compare(self, index: int, output: Tensor, vision: Tensor | None = None) -> None:
+    def compare(
+        self, index: int, output: Tensor, vision: Tensor | None = None, alone: nn.Module | None = None
+    ) -> None:
         """Measure the student's output at a layer; where ``vision`` [B, N] is given, of these tokens and text apart."""
         kinds = (self.valid,) if vision is None else (self.valid & ~vision, self.valid & vision)
-        self.note("hidden_states", index, hidden_state_loss(output, self.outputs[index], *kinds))
+        self.note("hidden_states", index, hidden_state_loss(output, self.outputs[index], *kinds), alone)
 
     def draw(self, count: int, vision: Tensor | None) -> tuple[Tensor, Tensor]:
         """Draw text tokens of each row at random, once: int [B, Q], and bool [B, Q] which of them are."""
@@ -70,9 +75,17 @@ class Trace:
             self._drawn = drawn.indices, drawn.values >= 0
         return self._drawn
 
-    def note(self, name: str, index: int, loss: Tensor) -> None:
-        """Keep a loss of a layer, unless the student has run."""
+    def note(self, name: str, index: int, loss: Tensor, alone: nn.Module | None = None) -> None:
+        """Keep a loss of a layer, unless the student has run.
+
+        Args:
+            name: Which loss.
+            index: Which layer.
+            loss: Its value.
+            alone: Where given, the module whose parameters alone it depends on: its gradient is taken at once.
+        """
         if self.losses is not None:
+            loss = loss if alone is None else settled(loss, alone.parameters())
             self.losses.setdefault(name, {})[index] = loss
 
     def finish(self, *names: str) -> dict[str, Tensor]:
@@ -190,14 +203,15 @@ class Alignment:
         self.handles: list[RemovableHandle] = []
         attention = converted_attention(student)
         modules = attention if settings.at == "attention" else _layers_of(student, attention)
+        once = not recomputes(student)
         for index, module in modules.items():
             apart = settings.kinds == "apart"
             if settings.form == "chained":
                 after: _Chained = _Chained(index, apart)
             elif own_stream:
-                after = _Beside(index, apart)
+                after = _Beside(index, apart, once)
             else:
-                after = _Injected(index, apart)
+                after = _Injected(index, apart, once)
                 self.handles.append(module.register_forward_pre_hook(after.swap_input, with_kwargs=True))
             self.handles.append(module.register_forward_hook(after, with_kwargs=True))
 
@@ -208,10 +222,11 @@ class Alignment:
 
 @dataclass
 class _Chained:
-    """Forward hook that compares a module's output."""
+    """Forward hook that compares a module's output; ``once``: and takes a gradient that is the module's alone."""
 
     index: int
     apart: bool
+    once: bool = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if (trace := kwargs.get(TRACE)) is not None:
@@ -221,11 +236,12 @@ class _Chained:
     def compare(
         self, trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        self.measure(trace, kwargs, output)
+        self.measure(trace, module, kwargs, output)
 
-    def measure(self, trace: Trace, kwargs: dict[str, Any], output: Any) -> None:
+    def measure(self, trace: Trace, module: nn.Module, kwargs: dict[str, Any], output: Any) -> None:
         layout = kwargs.get(LAYOUT_KWARG) if self.apart else None
-        trace.compare(self.index, _first(output), None if layout is None else layout.vision)
+        vision = None if layout is None else layout.vision
+        trace.compare(self.index, _first(output), vision, module if self.once else None)
 
 
 class _Injected(_Chained):
@@ -240,7 +256,7 @@ class _Injected(_Chained):
     def compare(
         self, trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        self.measure(trace, kwargs, output)
+        self.measure(trace, module, kwargs, output)
         return trace.outputs[self.index], *output[1:]
 
 
@@ -251,7 +267,7 @@ class _Beside(_Chained):
         self, trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         args, kwargs = with_input(args, kwargs, trace.inputs[self.index])
-        self.measure(trace, kwargs, module.forward(*args, **kwargs))
+        self.measure(trace, module, kwargs, module.forward(*args, **kwargs))
 
 
 def _layers_of(model: nn.Module, attention: Mapping[int, nn.Module]) -> dict[int, nn.Module]:

@@ -21,6 +21,7 @@ from recipes.data import load_task
 from recipes.data.rows import Collator, Rows, teacher_answers
 from recipes.data.task import Task
 from recipes.plan import LoRA, Recipe, Stage
+from recipes.recompute import recompute_layers
 from recipes.run import Run, StageFolder
 from recipes.selection import Selection, activate, converted_attention, select
 from recipes.teachers import Teacher, load_teacher
@@ -180,12 +181,6 @@ def _run_stage(
         write_tensors(folder.result, {n: p for n, p in done.named_parameters() if n in changed})
         folder.tidy()
     trainer.accelerator.wait_for_everyone()
-
-
-def recompute_layers(model: Any) -> None:
-    """Let the layers of a model run again in the backward pass; versions of transformers name that differently."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def share_frozen(student: nn.Module, teacher: nn.Module, selection: Selection) -> None:

@@ -20,6 +20,7 @@ from bridges.attention import LAYOUT_KWARG
 from recipes.alignment import TRACE, remove, with_input
 from recipes.losses import attention_weights_loss
 from recipes.plan import AttentionWeights
+from recipes.recompute import recomputes
 from recipes.selection import converted_attention
 
 
@@ -35,9 +36,11 @@ class WeightAlignment:
     """
 
     def __init__(self, teacher: PreTrainedModel, student: nn.Module, settings: AttentionWeights) -> None:
-        twins = bridges.attention_twins(teacher)
+        twins, once = bridges.attention_twins(teacher), not recomputes(student)
         self.handles: list[RemovableHandle] = [
-            module.register_forward_hook(_Compared(index, twins[index], settings.queries), with_kwargs=True)
+            module.register_forward_hook(
+                _Compared(index, twins[index], settings.queries, once), with_kwargs=True
+            )
             for index, module in converted_attention(student).items()
         ]
 
@@ -53,6 +56,7 @@ class _Compared:
     index: int
     twin: bridges.MixerAttention
     queries: int
+    once: bool
 
     def __call__(
         self, module: bridges.MixerAttention, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -65,4 +69,5 @@ class _Compared:
         with torch.no_grad():
             teacher = self.twin.attention_weights(queries, *args, **kwargs)
         student = module.attention_weights(queries, *args, **kwargs)
-        trace.note("attention_weights", self.index, attention_weights_loss(student, teacher, asked))
+        loss = attention_weights_loss(student, teacher, asked)
+        trace.note("attention_weights", self.index, loss, module if self.once else None)

@@ -7,9 +7,9 @@ import torch
 
 import bridges
 from recipes.alignment import TRACE, Alignment, TeacherTrace
-from recipes.distill import recompute_layers
 from recipes.losses import hidden_state_loss, valid_tokens
 from recipes.plan import HiddenStates
+from recipes.recompute import recompute_layers
 from tests.recipes.toys import MODELS, batch
 
 FORMS = {
@@ -196,7 +196,8 @@ class Kept:
         self.owner.now -= self.size
 
 
-def test_with_checkpointing_one_layers_graph_is_alive_at_a_time():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_layers_graph_is_alive_at_a_time(checkpointing):
     """Tensors saved for the backward pass: four layers need no more than a little over one."""
     most = {}
     for layers in (1, 4):
@@ -205,7 +206,7 @@ def test_with_checkpointing_one_layers_graph_is_alive_at_a_time():
         bridges.replace_attention(student, "mmate", **INSIDE)
         alive = Alive()
         with torch.autograd.graph.saved_tensors_hooks(alive.pack, lambda kept: kept.tensor):
-            align("llama", "injected", checkpointing=True, teacher_and_student=(teacher, student.train()))
+            align("llama", "injected", checkpointing, teacher_and_student=(teacher, student.train()))
         most[layers] = alive.most
     assert most[4] < 2 * most[1]
 

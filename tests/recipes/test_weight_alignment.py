@@ -7,11 +7,11 @@ import torch
 from torch.nn import functional as F
 
 import bridges
-from recipes.distill import recompute_layers
 from recipes.errors import LossError
 from recipes.losses import attention_weights_loss, valid_tokens
 from recipes.objective import MICRO_BATCHES, Objective
 from recipes.plan import Losses
+from recipes.recompute import recompute_layers
 from recipes.selection import converted_attention
 from recipes.weight_alignment import WeightAlignment
 from tests.recipes.toys import IMAGE, MODELS, batch, recipe, stage
