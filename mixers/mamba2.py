@@ -113,12 +113,12 @@ class Mamba2(TokenMixer):
             q, k, v = self._convolve((q, k, v), layout, scan, state)
         if self.config.rotary and rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        c, b = self._features(q, k)
         denominator = self.config.normalizer == "denominator"
         decay, gate = self.decay(x), self._gate(x)
         norm_weight = self.norm_weight if self.config.normalizer == "rms" else None
         norm_eps = self.config.norm_eps
         if state is not None and x.shape[1] == 1 and layout.clip is None and layout.valid is None:
+            c, b = self._features(q, k)
             y = ssd_step(
                 c[:, 0],
                 b[:, 0],
@@ -132,9 +132,9 @@ class Mamba2(TokenMixer):
                 gate=None if gate is None else gate[:, 0],
             )
             return y[:, None], None
+        maps = self._feature_maps
         y, final = ssd(
-            c,
-            b,
+            *(self._features(q, k) if maps is None else (q, k)),
             v,
             decay,
             self._backward_decay(x, layout),
@@ -145,6 +145,7 @@ class Mamba2(TokenMixer):
             norm_weight=norm_weight,
             norm_eps=norm_eps,
             gate=gate,
+            maps=maps,
             chunk_size=self.config.chunk_size,
         )
         if state is not None:
@@ -244,9 +245,14 @@ class Mamba2(TokenMixer):
                 recent = recent * (table[:, -1] != edge)[:, None, None]
         kept.copy_(recent)
 
+    @property
+    def _feature_maps(self) -> tuple[Tensor, Tensor] | None:
+        return (self.c_map, self.b_map) if self.config.feature_map == "softmax" else None
+
     def _features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        if self.config.feature_map == "softmax":
-            return feature_map(q, self.c_map), feature_map(k, self.b_map)
+        maps = self._feature_maps
+        if maps is not None:
+            return feature_map(q, maps[0]), feature_map(k, maps[1])
         if self.config.feature_map == "l2":
             wide = torch.promote_types(q.dtype, torch.float32)  # fp16 has no epsilon small enough
             q, k = (F.normalize(t.to(wide), dim=-1).to(t.dtype) for t in (q, k))

@@ -19,11 +19,12 @@ PROGRAMS = 512
 def feature_map(x: Tensor, weight: Tensor) -> Tensor:
     """Map each head; see :func:`mixers.ops.feature_map.reference.feature_map`."""
     check(x, weight)
-    return _feature_map(rows(x), weight.contiguous())
+    return _feature_map(x, weight)
 
 
-@custom_op("linmu::feature_map")
-def _feature_map(x: Tensor, weight: Tensor) -> Tensor:
+def features_of(x: Tensor, weight: Tensor) -> Tensor:
+    """Map each head, unchecked, for what differentiates it itself by :func:`gradients_of`."""
+    x, weight = rows(x), weight.contiguous()
     batch, length, heads, width = x.shape
     features = weight.shape[2]
     y = torch.empty((batch, length, heads, 2 * features), dtype=x.dtype, device=x.device)
@@ -45,13 +46,9 @@ def _feature_map(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-@_feature_map.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:3], 2 * weight.shape[2]))
-
-
-@custom_op("linmu::feature_map_backward")
-def _feature_map_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def gradients_of(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight, in their types, from ``dy`` [B, N, H, 2R]."""
+    dy, x, weight = rows(dy), rows(x), weight.contiguous()
     batch, length, heads, width = x.shape
     features = weight.shape[2]
     config = _config(x, features, backward=True)
@@ -68,6 +65,15 @@ def _feature_map_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor
     return dx, partial.sum(0).to(weight.dtype)
 
 
+_feature_map = custom_op("linmu::feature_map")(features_of)
+_feature_map_backward = custom_op("linmu::feature_map_backward")(gradients_of)
+
+
+@_feature_map.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:3], 2 * weight.shape[2]))
+
+
 @_feature_map_backward.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), torch.empty_like(weight)
@@ -78,7 +84,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _differentiate(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
-    return _feature_map_backward(rows(dy), *ctx.saved_tensors)
+    return _feature_map_backward(dy, *ctx.saved_tensors)
 
 
 _feature_map.register_autograd(_differentiate, setup_context=_save)

@@ -15,9 +15,14 @@ WIDEST_STATE, WIDEST_HEAD = 512, 128
 ssd = Op("ssd")
 
 
-def _unsupported(c: Tensor, b: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
-    if c.shape[-1] > WIDEST_STATE or x.shape[-1] > WIDEST_HEAD:
-        return f"its states are at most {WIDEST_STATE} by {WIDEST_HEAD} (K by P), found {c.shape[-1]} by {x.shape[-1]}"
+def _unsupported(
+    c: Tensor, b: Tensor, x: Tensor, *args: Any, maps: tuple[Tensor, Tensor] | None = None, **kwargs: Any
+) -> str | None:
+    width = c.shape[-1] if maps is None else 2 * maps[0].shape[-1]
+    if width > WIDEST_STATE or x.shape[-1] > WIDEST_HEAD:
+        return (
+            f"its states are at most {WIDEST_STATE} by {WIDEST_HEAD} (K by P), found {width} by {x.shape[-1]}"
+        )
     return triton_support.off_device(c, b, x)
 
 

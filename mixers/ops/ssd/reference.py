@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixers.errors import ShapeError
 from mixers.layout import Scan
+from mixers.ops.feature_map.reference import feature_map
 from mixers.ops.finish.reference import finish
 from mixers.ops.ssd.blocks import Plan, scan_blocks
 from mixers.ops.ssd.chunks import Cut, Tables
@@ -37,6 +38,7 @@ def ssd(
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
     gate: Tensor | None = None,
+    maps: tuple[Tensor, Tensor] | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Scan tokens forward, and vision tokens backward within their clip.
@@ -63,6 +65,8 @@ def ssd(
         norm_weight: [H, P], likewise.
         norm_eps: Likewise.
         gate: [B, N, H, P], likewise.
+        maps: Weights [H, P', R] and [G, P', R] for :func:`mixers.ops.feature_map`, which is applied to c and b
+            [B, N, H or G, P'] first; K is 2·R then. A kernel makes features again for the gradient, and keeps none.
         chunk_size: Tokens that are mixed by one matrix product. A kernel chooses its own.
 
     Returns:
@@ -72,6 +76,8 @@ def ssd(
     Raises:
         ShapeError: The shapes do not fit each other.
     """
+    if maps is not None:
+        c, b = feature_map(c, maps[0]), feature_map(b, maps[1])
     batch, length, heads, width = c.shape
     shape = (batch, decay[0].shape[-1], width, x.shape[-1] + denominator)
     check(c, b, x, decay, backward_decay, initial_state, shape)

@@ -86,6 +86,18 @@ def ssd() -> tuple[Any, list[Tensor]]:
     return run, [*heads, draw(1, LENGTH, 2), draw(1, 2, 16, 16)]
 
 
+def ssd_of_features() -> tuple[Any, list[Tensor]]:
+    from mixers.ops.ssd.triton import ssd
+
+    def run(
+        c: Tensor, b: Tensor, x: Tensor, steps: Tensor, c_map: Tensor, b_map: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return ssd(c, b, x, (-steps.sigmoid(), steps.sigmoid()), denominator=True, maps=(c_map, b_map))
+
+    heads = [draw(1, LENGTH, 2, 16) for _ in range(3)]
+    return run, [*heads, draw(1, LENGTH, 2), draw(2, 16, 24), draw(2, 16, 24)]
+
+
 OPS = {
     "feature_map": feature_map,
     "finish": finish,
@@ -94,6 +106,7 @@ OPS = {
     "block_attention": block_attention,
     "block_attention lse": block_attention_with_lse,
     "ssd": ssd,
+    "ssd of features": ssd_of_features,
 }
 each_op = pytest.mark.parametrize("name", OPS)
 

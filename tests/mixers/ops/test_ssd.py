@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixers import ROTARY_MAJOR_SCAN, ShapeError, TokenLayout
-from mixers.ops import ssd, ssd_step
+from mixers.ops import feature_map, ssd, ssd_step
 from mixers.ops.ssd import reference
 from tests.helpers import assert_close
 from tests.mixers.oracles import dense_ssd
@@ -184,6 +184,17 @@ def test_strides_do_not_matter(chunk_size: int, small_blocks: None) -> None:
     strided = (c, b, x, log_a, -log_a)
     for found, want in zip(run(*strided), run(*(t.contiguous() for t in strided))):
         assert torch.equal(found, want)
+
+
+@given(rows=rows(max_batch=2, holes=True), heads=st.sampled_from(HEADS), start=st.booleans())
+def test_maps_make_features_first(rows: Rows, heads: tuple[int, int], start: bool) -> None:
+    c, b, x, forward, backward = draw_inputs(rows, heads, False, positive=False, seed=6)
+    maps = tuple(torch.randn(count, K, 5, dtype=torch.float64) for count in heads)
+    initial = torch.rand(rows.shape[0], heads[1], 10, P + 1, dtype=torch.float64) if start else None
+    options = {"scan": rows.layout.scan("wht"), "denominator": True, "initial_state": initial}
+    found = ssd(c, b, x, forward, backward, maps=maps, **options)
+    want = ssd(feature_map(c, maps[0]), feature_map(b, maps[1]), x, forward, backward, **options)
+    assert all(map(torch.equal, found, want))
 
 
 def test_initial_state_is_left_alone() -> None:

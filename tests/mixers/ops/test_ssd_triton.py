@@ -13,7 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mixers import TokenLayout
+from mixers import ShapeError, TokenLayout
 from mixers.layout import Scan
 from mixers.ops import ssd, triton_support
 from mixers.scan import ROTARY_MAJOR_SCAN
@@ -99,6 +99,9 @@ def draw(
     return [c, b, x, *decays]
 
 
+NAMES = ["c", "b", "x", "log_a", "dt", "log_a'", "dt'"]
+
+
 def compare(
     inputs: list[Tensor],
     scan: Scan,
@@ -108,42 +111,54 @@ def compare(
     both: bool = True,
     denominator: bool = False,
     start: bool = False,
+    features: int | None = None,
     gradients: bool = True,
 ) -> None:
-    """Run both backends, the reference in fp64 on what the kernel is given, and compare all they return."""
-    given_ = [t.to(dtype) for t in inputs[:3]] + [t.float() for t in inputs[3:]]
-    batch, width, values, states = len(inputs[0]), inputs[1].shape[3], inputs[2].shape[3], inputs[3].shape[2]
-    first = torch.rand(batch, states, width, values + denominator) if start else None
-    if first is not None:
-        given_.append(first)
+    """Run both backends, the reference in fp64 on what the kernel is given, and compare all they return.
 
-    def run(tensors: list[Tensor], backend: str) -> list[Tensor]:
-        leaves = [t.to(DEVICE).requires_grad_(gradients) for t in tensors]
+    With ``features`` c and b are mapped to as many on the way.
+    """
+    given_ = {name: t.to(dtype) if name in "cbx" else t.float() for name, t in zip(NAMES, inputs)}
+    batch, width, values, states = len(inputs[0]), inputs[1].shape[3], inputs[2].shape[3], inputs[3].shape[2]
+    if not both:
+        del given_["log_a'"], given_["dt'"]
+    if features:
+        for name in "cb":
+            map_ = torch.randn(
+                given_[name].shape[2], width, features, generator=torch.Generator().manual_seed(features)
+            )
+            given_[f"map of {name}"] = map_.to(dtype)
+        width = 2 * features
+    if start:
+        given_["first state"] = torch.rand(batch, states, width, values + denominator)
+
+    def run(tensors: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+        leaves = {name: t.to(DEVICE).requires_grad_(gradients) for name, t in tensors.items()}
         y, last = ssd(
-            *leaves[:3],
-            tuple(leaves[3:5]),
-            tuple(leaves[5:7]) if both else None,
+            *(leaves[name] for name in "cbx"),
+            (leaves["log_a"], leaves["dt"]),
+            (leaves["log_a'"], leaves["dt'"]) if both else None,
             scan=scan,
             denominator=denominator,
-            initial_state=leaves[7] if start else None,
+            initial_state=leaves.get("first state"),
+            maps=(leaves["map of c"], leaves["map of b"]) if features else None,
             backend=backend,
         )
         if valid is not None:
             y = y * valid.to(DEVICE)[..., None, None]
         if not gradients:
-            return [y, last]
+            return {"y": y, "state": last}
         weigh = [torch.cos(torch.arange(t.numel(), device=DEVICE)).view(t.shape).to(t) for t in (y, last)]
         loss = (y * weigh[0]).sum() + (last * weigh[1]).sum()
-        used = leaves if both else [*leaves[:5], *leaves[7:]]
-        found = torch.autograd.grad(loss, used, allow_unused=True)
-        return [y, last, *(torch.zeros_like(t) if g is None else g for g, t in zip(found, used))]
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        grads = {n: torch.zeros_like(t) if g is None else g for g, (n, t) in zip(found, leaves.items())}
+        return {"y": y, "state": last, **grads}
 
-    expected = run([t.double() for t in given_], "reference")
+    expected = run({name: t.double() for name, t in given_.items()}, "reference")
     found = run(given_, "triton")
-    names = ["y", "state", "c", "b", "x", "log_a", "dt"]
-    names += (["log_a'", "dt'"] if both else []) + (["first state"] if start else [])
     half = dtype != torch.float32
-    for name, want, got in zip(names, expected, found):
+    for name, want in expected.items():
+        got = found[name]
         cancels = half and denominator and name not in ("y", "state")
         ratio = TOLERANCE[dtype] * (CANCELLING if cancels else 1)
         # Gradients through a mean of a few values are differences of numbers near 1, down to rounding for one.
@@ -196,6 +211,44 @@ def test_states_wider_than_a_program_holds(denominator: bool) -> None:
     layout = TokenLayout.from_grids(40, [[(5, (2, 3, 5))]]).to(DEVICE)
     inputs = draw((1, 40), (2, 1), 300, 17, False, positive=denominator)
     compare(inputs, layout.scan("hwt"), None, denominator=denominator, start=True)
+
+
+@pytest.mark.parametrize("kind", ["one clip", "padded"])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+@pytest.mark.parametrize("denominator", [False, True], ids=["sum", "mean"])
+def test_features_made_on_the_way(
+    kind: str, heads: tuple[int, int], denominator: bool, small_cuts: None
+) -> None:
+    n = 48
+    layout = LAYOUTS[kind](n).to(DEVICE)
+    inputs = draw((1, n), heads, 8, 17, False, positive=False)
+    scan = layout.scan("wht")
+    compare(inputs, scan, layout.valid, denominator=denominator, start=True, features=20)
+
+
+def test_features_that_a_chip_has_no_room_to_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_support, "shared_memory", lambda device: 1024)
+    inputs = draw((1, 24), (2, 1), 8, 16, False, positive=False)
+    compare(inputs, TokenLayout.text(1, 24, device=DEVICE).scan(), None, both=False, features=16)
+
+
+def test_features_are_not_kept_for_the_gradient() -> None:
+    """All that is kept is as wide as a head, far less than features are."""
+    inputs = [t.float().to(DEVICE) for t in draw((1, 40), (4, 2), 8, 8, False, positive=False)]
+    maps = [torch.randn(heads, 8, 100, device=DEVICE) for heads in (4, 2)]
+    c, b, x, *decay = (t.requires_grad_() for t in inputs)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ssd(c, b, x, tuple(decay[:2]), denominator=True, maps=tuple(maps), backend="triton")
+    assert any(t.shape == maps[0].shape for t in kept)
+    assert max(t.numel() for t in kept if t.shape[:2] == (1, 40)) == c.numel()
+
+
+def test_maps_that_do_not_fit_are_refused() -> None:
+    inputs = [t.float().to(DEVICE) for t in draw((1, 8), (4, 2), 8, 16, False, positive=False)]
+    own = torch.zeros(4, 8, 16, device=DEVICE)
+    with pytest.raises(ShapeError, match=r"\[2, 8\]"):
+        ssd(*inputs[:3], tuple(inputs[3:5]), maps=(own, own), backend="triton")
 
 
 @pytest.mark.parametrize("what", ["skip", "norm_weight", "gate", "all"])
@@ -330,6 +383,16 @@ def test_widths_on_the_chip(
     layout = TokenLayout.from_grids(n, [[(7, (5, 16, 16))]]).to(DEVICE)
     inputs = draw((1, n), (28, 4), width, values, per_head, positive=denominator)
     compare(inputs, layout.scan("wht"), None, dtype=dtype, denominator=denominator)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("width", "features"), [(64, 64), (64, 256), (128, 128), (96, 40)])
+def test_features_made_on_the_chip(dtype: torch.dtype, width: int, features: int) -> None:
+    n = 1344
+    layout = TokenLayout.from_grids(n, [[(7, (5, 16, 16))]]).to(DEVICE)
+    inputs = draw((1, n), (9, 3), width, 64, False, positive=False)
+    compare(inputs, layout.scan("wht"), None, dtype=dtype, denominator=True, features=features)
 
 
 @pytest.mark.gpu

@@ -2,8 +2,8 @@
 
 A chunk's C·Bᵀ is formed once and used by both directions; the query heads of a group share B, X, the decays
 and the states; the scan order is an index at loads and stores. The states that enter the chunks are summed
-by small passes before, and again in the backward, which keeps the inputs alone. Nothing is added atomically:
-the same inputs give the same bits.
+by small passes before, and again in the backward, which keeps the inputs alone: where c and b are features, what
+they are made of, for features are wide. Nothing is added atomically: the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from mixers.layout import Scan
 from mixers.ops.eager import custom_op
+from mixers.ops.feature_map import feature_map
+from mixers.ops.feature_map.reference import check as check_map
+from mixers.ops.feature_map.triton import features_of, gradients_of
 from mixers.ops.finish import finish
 from mixers.ops.ssd.reference import Decay, check, finished
 from mixers.ops.ssd.triton.backward import scan_backward
@@ -36,13 +39,20 @@ def ssd(
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
     gate: Tensor | None = None,
+    maps: tuple[Tensor, Tensor] | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Scan as :func:`mixers.ops.ssd.reference.ssd` does; the chunk is chosen by shape and chip instead.
 
     Where no gradient is needed, skip and norm are applied in the same pass.
     """
+    if maps is not None and not _makes(c, b, maps):
+        c, b, maps = feature_map(c, maps[0]), feature_map(b, maps[1]), None
     batch, length, heads, width = c.shape
+    if maps is not None:
+        check_map(c, maps[0])
+        check_map(b, maps[1])
+        width = 2 * maps[0].shape[2]
     shape = (batch, decay[0].shape[-1], width, x.shape[-1] + denominator)
     check(c, b, x, decay, backward_decay, initial_state, shape)
     if initial_state is not None:
@@ -57,14 +67,35 @@ def ssd(
     by_step = (scan.order, scan.valid, scan.sequence, scan.vision, scan.extent)
     tables = [None if t is None else t.contiguous() for t in by_step]
     c, b, values = c.to(dtype), b.to(dtype), x.to(dtype)
-    tensors = (c, b, x, *decays, initial_state, skip, norm_weight)
+    tensors = (c, b, x, *decays, *(maps or ()), initial_state, skip, norm_weight)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    given = (c, b, values, decays, [*(maps or ())], *tables, initial_state, denominator)
     if learns or gate is not None:
-        y, state, _ = _ssd(c, b, values, decays, *tables, initial_state, denominator, None, None, 0.0)
+        y, state, _ = _ssd(*given, None, None, 0.0)
         return finished(finish, y.to(x.dtype), x, skip, norm_weight, norm_eps, gate), state
-    last = (skip, norm_weight, norm_eps)
-    y, state, _ = _ssd(c, b, values, decays, *tables, initial_state, denominator, *last)
+    y, state, _ = _ssd(*given, skip, norm_weight, norm_eps)
     return y.to(x.dtype), state
+
+
+def _makes(c: Tensor, b: Tensor, maps: tuple[Tensor, Tensor]) -> bool:
+    """Whether the feature map's kernels run on this chip."""
+    unsupported = feature_map.backends["triton"].unsupported
+    return unsupported(c, maps[0]) is None and unsupported(b, maps[1]) is None
+
+
+def _inputs(
+    c: Tensor,
+    b: Tensor,
+    x: Tensor,
+    decays: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    tables: Tables,
+    denominator: bool,
+) -> Inputs:
+    """What is scanned: features of c and b where there are maps."""
+    if maps:
+        c, b = features_of(c, maps[0]), features_of(b, maps[1])
+    return Inputs(c, b, x, tuple(decays), tables, denominator)
 
 
 @custom_op("linmu::ssd")
@@ -73,6 +104,7 @@ def _ssd(
     b: Tensor,
     x: Tensor,
     decays: Sequence[Tensor],
+    maps: Sequence[Tensor],
     order: Tensor | None,
     valid: Tensor | None,
     sequence: Tensor | None,
@@ -84,13 +116,16 @@ def _ssd(
     norm_weight: Tensor | None,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = Inputs(c, b, x, tuple(decays), Tables(order, valid, sequence, vision, extent), denominator)
+    inputs = _inputs(c, b, x, decays, maps, Tables(order, valid, sequence, vision, extent), denominator)
     return scan_forward(inputs, first, Finish(skip, norm_weight, norm_eps))
 
 
 @_ssd.register_fake
-def _(c: Tensor, b: Tensor, x: Tensor, decays: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    c: Tensor, b: Tensor, x: Tensor, decays: Sequence[Tensor], maps: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, heads, width = c.shape
+    width = 2 * maps[0].shape[2] if maps else width
     denominator = rest[6]
     last = (batch, decays[0].shape[2], width, x.shape[3] + denominator)
     return (
@@ -106,6 +141,7 @@ def _ssd_backward(
     b: Tensor,
     x: Tensor,
     decays: Sequence[Tensor],
+    maps: Sequence[Tensor],
     order: Tensor | None,
     valid: Tensor | None,
     sequence: Tensor | None,
@@ -118,36 +154,47 @@ def _ssd_backward(
     grad_y: Tensor,
     grad_last: Tensor,
 ) -> list[Tensor]:
-    inputs = Inputs(c, b, x, tuple(decays), Tables(order, valid, sequence, vision, extent), denominator)
+    inputs = _inputs(c, b, x, decays, maps, Tables(order, valid, sequence, vision, extent), denominator)
     grads, grad_first = scan_backward(inputs, first, y, denominators, grad_y, grad_last)
-    return [*grads, grad_first]
+    if not maps:
+        return [*grads, grad_first]
+    pairs = zip(grads, (c, b), maps)
+    (grad_c, grad_c_map), (grad_b, grad_b_map) = (gradients_of(grad, t, weight) for grad, t, weight in pairs)
+    return [grad_c, grad_b, *grads[2:], grad_c_map, grad_b_map, grad_first]
 
 
 @_ssd_backward.register_fake
-def _(c: Tensor, b: Tensor, x: Tensor, decays: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    grad_last = rest[-1]
-    return [*(t.new_empty(t.shape) for t in (c, b, x, *decays)), grad_last.new_empty(grad_last.shape)]
+def _(
+    c: Tensor, b: Tensor, x: Tensor, decays: Sequence[Tensor], maps: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (c, b, x, *decays, *maps, rest[-1])]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    c, b, x, decays, *tables, first, denominator = inputs[:-3]
+    c, b, x, decays, maps, *tables, first, denominator = inputs[:-3]
     y, last, denominators = output
-    ctx.denominator, ctx.decays, ctx.starts = denominator, len(decays), first is not None
+    ctx.denominator, ctx.counts, ctx.starts = denominator, (len(decays), len(maps)), first is not None
     ctx.last = last.shape
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(c, b, x, *decays, *tables, first, y, denominators)
+    ctx.save_for_backward(c, b, x, *decays, *maps, *tables, first, y, denominators)
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     c, b, x, *rest = ctx.saved_tensors
-    decays, (*tables, first, y, denominators) = rest[: ctx.decays], rest[ctx.decays :]
+    decays, maps, (*tables, first, y, denominators) = _cut(rest, ctx.counts)
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y.contiguous()
     grad_last = x.new_zeros(ctx.last, dtype=torch.float32) if grad_last is None else grad_last.contiguous()
     grads = _ssd_backward(
-        c, b, x, decays, *tables, first, ctx.denominator, y, denominators, grad_y, grad_last
+        c, b, x, decays, maps, *tables, first, ctx.denominator, y, denominators, grad_y, grad_last
     )
-    grad_first = grads[-1] if ctx.starts else None
-    return (*grads[:3], grads[3:-1], *[None] * 5, grad_first, *[None] * 4)
+    grad_decays, grad_maps, (grad_first,) = _cut(grads[3:], ctx.counts)
+    return (*grads[:3], grad_decays, grad_maps, *[None] * 5, grad_first if ctx.starts else None, *[None] * 4)
+
+
+def _cut(tensors: Sequence[Any], counts: tuple[int, int]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Decays, maps, and what follows."""
+    decays, maps = counts
+    return [*tensors[:decays]], [*tensors[decays : decays + maps]], [*tensors[decays + maps :]]
 
 
 _ssd.register_autograd(_backward, setup_context=_save)
