@@ -123,7 +123,8 @@ NEEDLE: Group = {"count": _count, "corner": _corner, "color": _color}
 def further(shelf: Shelf, draw: Random, frames: Sequence[Frame], count: int) -> tuple[tuple[str, str], ...]:
     """Ask more of a slideshow, to train on: to look at a long video costs as much for one question as for many.
 
-    A list of what was shown comes first, for it names many frames at once; the others are questions that are judged by.
+    A list of what was shown comes first, for it names many frames at once; the others are questions that are judged by,
+    a quarter of them whether something was shown, and at most an eighth how many times.
 
     Returns:
         At most so many different questions, each with its answer. All names in them are trained.
@@ -143,12 +144,20 @@ def further(shelf: Shelf, draw: Random, frames: Sequence[Frame], count: int) -> 
         if other != name:
             others[f"Which came earlier: {name} or {other}?"] = min(name, other, key=lambda n: once[n])
     again = [name for name in times if 1 < times[name] <= MOST]
-    for name in draw.sample(again, min(count, len(again))):
+    for name in draw.sample(again, min(max(1, count // 8), len(again))):
         others[f"How many times was the {name} shown?"] = str(times[name])
-    for name in [*draw.sample(list(once), min(1, len(once))), _name(shelf, draw)]:
-        others[f"Was the {name} shown?"] = "yes" if name in times else "no"
-    mixed = draw.sample(list(others.items()), len(others))
+    shown = {f"Was the {name} shown?": answer for name, answer in _presence(shelf, draw, times, count // 4)}
+    rest = max(0, count - len(asked) - len(shown))
+    mixed = [*shown.items(), *draw.sample(list(others.items()), min(rest, len(others)))]
+    draw.shuffle(mixed)
     return (*asked.items(), *mixed)[:count]
+
+
+def _presence(shelf: Shelf, draw: Random, shown: Collection[str], count: int) -> Iterator[tuple[str, str]]:
+    """Trained names, and whether they are among those shown: of as many that are as that are not."""
+    absent = [name for name in shelf.familiar if name not in shown]
+    for names, answer in ((list(shown), "yes"), (absent, "no")):
+        yield from ((name, answer) for name in draw.sample(names, min(max(1, count // 2), len(names))))
 
 
 def _corner_of(frame: Frame) -> str | None:

@@ -75,6 +75,12 @@ def test_further_questions_are_answered_by_what_was_shown():
     assert all(item["further"] == () for item in task.test)
 
 
+def test_a_quarter_of_further_questions_ask_whether_something_was_shown_and_half_of_it_was_not():
+    for item in toy_task("slideshow", "needle", lengths=[512], train_size=20, further=16).train:
+        answers = [answer for question, answer in item["further"] if question.startswith("Was the ")]
+        assert sorted(answers) == ["no", "no", "yes", "yes"]
+
+
 def further_answer(question, names, slides):
     if match := re.fullmatch(r"List the (first|last) (\d+)\.", question):
         size = int(match[2])
