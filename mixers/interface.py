@@ -194,13 +194,16 @@ class TokenMixer(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, N, H, P], keys and values [B, N, G, P], normed but not rotated."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return *self._queries_and_keys(x), self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+
+    def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = self.q_proj(x), self.k_proj(x)
         if self.config.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        q, k = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k))
         if self.config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return q, k
 
     def mix_heads(
         self,
@@ -263,8 +266,7 @@ class TokenMixer(nn.Module):
             raise ShapeError(f"queries must be tokens, from 0 to {x.shape[1] - 1}, found others.")
         if layout.padding is not None:
             x = x.masked_fill(layout.padding[..., None], 0)
-        q, k, _ = self.project(x)
-        return self.weigh_heads(x, q, k, queries.long(), layout, rotary)
+        return self.weigh_heads(x, *self._queries_and_keys(x), queries.long(), layout, rotary)
 
     def weigh_heads(
         self,

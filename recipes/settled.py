@@ -43,4 +43,4 @@ class _Settled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(gradient * grad[0].to(gradient.dtype) for gradient in ctx.gradients)
+        return None, None, *torch._foreach_mul(ctx.gradients, grad[0])

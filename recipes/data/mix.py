@@ -42,9 +42,13 @@ class Mixed(MadeItems):
 
     @property
     def sizes(self) -> list[int]:
-        """About how many tokens each row has; a split that does not say so has rows of about one size."""
-        known = {name: getattr(split, "sizes", None) for name, split in self.splits.items()}
-        return [0 if (sizes := known[name]) is None else sizes[own] for name, own in self.order]
+        """About how many tokens each row has.
+
+        Raises:
+            AttributeError: A split does not say so.
+        """
+        known: dict[str, list[int]] = {name: split.sizes for name, split in self.splits.items()}  # type: ignore[attr-defined]
+        return [known[name][own] for name, own in self.order]
 
     def item(self, place: int) -> Item:
         """The row at a place."""

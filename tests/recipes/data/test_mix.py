@@ -52,6 +52,15 @@ def test_shares_are_kept_all_along_and_every_item_comes(sizes, shares):
         assert max(seen.values()) - min(seen.values()) <= 1
 
 
+def test_a_mix_knows_the_sizes_of_its_rows_if_all_parts_do():
+    class Sized(list):
+        sizes = [7, 9]
+
+    shares = {"a": 1.0, "b": 1.0}
+    assert Mixed({"a": Sized("xy"), "b": Sized("zw")}, shares).sizes == [7, 7, 9, 9]
+    assert not hasattr(Mixed({"a": Sized("xy"), "b": ["z", "w"]}, shares), "sizes")
+
+
 def test_a_row_is_that_of_its_task(mix):
     items = [mix.train[i] for i in range(8)]
     assert {item["task"] for item in items} == {"text", "recall"}
