@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixers.errors import ShapeError
 from mixers.layout import Scan
+from mixers.ops.feature_map.reference import check as check_map
 from mixers.ops.feature_map.reference import feature_map
 from mixers.ops.finish.reference import finish
 from mixers.ops.ssd.blocks import Plan, scan_blocks
@@ -77,6 +78,7 @@ def ssd(
         ShapeError: The shapes do not fit each other.
     """
     if maps is not None:
+        check_maps(c, b, maps)
         c, b = feature_map(c, maps[0]), feature_map(b, maps[1])
     batch, length, heads, width = c.shape
     shape = (batch, decay[0].shape[-1], width, x.shape[-1] + denominator)
@@ -156,3 +158,14 @@ def check(
         raise ShapeError(
             f"initial_state must be [B, E, K, P (+1)] = {list(state_shape)}, found {list(initial_state.shape)}."
         )
+
+
+def check_maps(c: Tensor, b: Tensor, maps: tuple[Tensor, Tensor]) -> int:
+    """Return the width K of the features of c and b; raise ShapeError unless maps fit these and each other."""
+    for t, weight in zip((c, b), maps):
+        check_map(t, weight)
+    if maps[0].shape[2] != maps[1].shape[2]:
+        raise ShapeError(
+            f"maps must give c and b as many features, found {maps[0].shape[2]} and {maps[1].shape[2]}."
+        )
+    return 2 * maps[0].shape[2]

@@ -244,11 +244,14 @@ def test_features_are_not_kept_for_the_gradient() -> None:
     assert max(t.numel() for t in kept if t.shape[:2] == (1, 40)) == c.numel()
 
 
-def test_maps_that_do_not_fit_are_refused() -> None:
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_maps_that_do_not_fit_are_refused(backend: str) -> None:
     inputs = [t.float().to(DEVICE) for t in draw((1, 8), (4, 2), 8, 16, False, positive=False)]
-    own = torch.zeros(4, 8, 16, device=DEVICE)
-    with pytest.raises(ShapeError, match=r"\[2, 8\]"):
-        ssd(*inputs[:3], tuple(inputs[3:5]), maps=(own, own), backend="triton")
+    of_c, of_b, more = (torch.zeros(heads, 8, r, device=DEVICE) for heads, r in ((4, 16), (2, 16), (2, 17)))
+    for maps, found in (((of_c, of_c), r"\[2, 8\]"), ((of_c, more), "16 and 17")):
+        with pytest.raises(ShapeError, match=found):
+            ssd(*inputs[:3], tuple(inputs[3:5]), maps=maps, backend=backend)
+    ssd(*inputs[:3], tuple(inputs[3:5]), maps=(of_c, of_b), backend=backend)
 
 
 @pytest.mark.parametrize("what", ["skip", "norm_weight", "gate", "all"])

@@ -54,7 +54,7 @@ def test_shares_are_kept_all_along_and_every_item_comes(sizes, shares):
 
 def test_a_mix_knows_the_sizes_of_its_rows_if_all_parts_do():
     class Sized(list):
-        sizes = [7, 9]
+        sizes = (7, 9)
 
     shares = {"a": 1.0, "b": 1.0}
     assert Mixed({"a": Sized("xy"), "b": Sized("zw")}, shares).sizes == [7, 7, 9, 9]

@@ -17,10 +17,9 @@ from torch import Tensor
 from mixers.layout import Scan
 from mixers.ops.eager import custom_op
 from mixers.ops.feature_map import feature_map
-from mixers.ops.feature_map.reference import check as check_map
 from mixers.ops.feature_map.triton import features_of, gradients_of
 from mixers.ops.finish import finish
-from mixers.ops.ssd.reference import Decay, check, finished
+from mixers.ops.ssd.reference import Decay, check, check_maps, finished
 from mixers.ops.ssd.triton.backward import scan_backward
 from mixers.ops.ssd.triton.forward import Finish, Inputs, Tables, scan_forward
 
@@ -50,9 +49,7 @@ def ssd(
         c, b, maps = feature_map(c, maps[0]), feature_map(b, maps[1]), None
     batch, length, heads, width = c.shape
     if maps is not None:
-        check_map(c, maps[0])
-        check_map(b, maps[1])
-        width = 2 * maps[0].shape[2]
+        width = check_maps(c, b, maps)
     shape = (batch, decay[0].shape[-1], width, x.shape[-1] + denominator)
     check(c, b, x, decay, backward_decay, initial_state, shape)
     if initial_state is not None:
