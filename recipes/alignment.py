@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 import bridges
 from bridges.attention import LAYOUT_KWARG
-from recipes.data.task import Batch
+from recipes.data.task import Batch, unmasked
 from recipes.errors import LossError
 from recipes.losses import hidden_state_loss, valid_tokens
 from recipes.plan import HiddenStates
@@ -140,11 +140,13 @@ class TeacherTrace:
                 self._record(modules[index], _Output(self, index))
 
     def __call__(self, batch: Batch) -> Trace:
-        """Run the teacher on a batch without labels."""
+        """Run the teacher on a right-padded batch without labels."""
         trace = self.trace = Trace(valid_tokens(batch))
         try:
             with torch.no_grad():
-                trace.logits = self.teacher(**batch, use_cache=False, logits_to_keep=1).logits[:, -1]
+                trace.logits = self.teacher(**unmasked(batch), use_cache=False, logits_to_keep=1).logits[
+                    :, -1
+                ]
         finally:
             self.trace = None
         return trace

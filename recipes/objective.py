@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recipes.alignment import TRACE, Alignment, TeacherTrace, Trace
-from recipes.data.task import Batch
+from recipes.data.task import Batch, unmasked
 from recipes.losses import (
     OutputHead,
     check_head,
@@ -22,6 +22,7 @@ from recipes.losses import (
     valid_tokens,
 )
 from recipes.plan import Losses, TokenKD
+from recipes.selection import converted_attention
 from recipes.shared_vision import SharedVision
 from recipes.weight_alignment import WeightAlignment
 
@@ -89,6 +90,7 @@ class Objective:
     ) -> None:
         self.losses, self.student, self.autocast = losses, student, autocast
         self.values: dict[str, Tensor] = {}
+        self.laid_out = bool(converted_attention(student))  # mixers are told of padding by the mask
         hidden, attention, kd = losses.hidden_states, losses.attention_weights, losses.token_kd
         own_stream = losses.of_predictions
         self.aligned: dict[str, Alignment | WeightAlignment] = {}
@@ -121,7 +123,7 @@ class Objective:
         """Run the teacher on a batch and measure the student's forward inside the block.
 
         Args:
-            batch: With ``labels``, and ``from_teacher`` if rows of both kinds are in it.
+            batch: Right-padded, with ``labels``, and ``from_teacher`` if rows of both kinds are in it.
             counts: Tokens of each loss in the whole optimiser step, and its ``micro_batches``.
             scale: Factor on token losses: the number of processes that gradients are averaged over.
 
@@ -130,7 +132,8 @@ class Objective:
             ``loss``; :attr:`values` then holds this batch's share of each loss.
         """
         inputs = {k: v for k, v in batch.items() if k not in ("labels", FROM_TEACHER)}
-        kwargs: dict[str, Any] = {**inputs, "use_cache": False, "logits_to_keep": 1}
+        seen = inputs if self.laid_out else unmasked(inputs)
+        kwargs: dict[str, Any] = {**seen, "use_cache": False, "logits_to_keep": 1}
         trace = Trace(valid_tokens(batch))
         if self.teacher is not None:
             with self.autocast(), self.vision.recorded():

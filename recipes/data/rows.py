@@ -23,6 +23,10 @@ class VisionCut(TaskError, ValueError):
     """A row is cut in the middle of its image or video."""
 
 
+class NotRightPadded(TaskError, ValueError):
+    """A training batch has padding before a token."""
+
+
 class Rows(torch.utils.data.Dataset):
     """Rows of a stage; where both kinds are wanted, every other row has a teacher's answer.
 
@@ -80,12 +84,19 @@ class Collator:
 
         Raises:
             VisionCut: ``max_length`` is shorter than the vision tokens of a row.
+            NotRightPadded: The task pads training rows on the left.
         """
         if all(answer is None for _, answer in rows):
             batch = self.task.collate([item for item, _ in rows])
         else:
             batch = merge([self._single(item, answer) for item, answer in rows], self.pad_id)
             batch[FROM_TEACHER] = torch.tensor([answer is not None for _, answer in rows])
+        mask = batch.get("attention_mask")
+        if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
+            raise NotRightPadded(
+                f"the dataset {self.task.name!r} gives training batches with padding before a token; pad them on the "
+                "right."
+            )
         return batch if self.max_length is None else cut(batch, self.max_length)
 
     def _single(self, item: Item, answer: Tensor | None) -> Batch:

@@ -116,3 +116,14 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"
         span = slice(0, len(ids)) if side == "right" else slice(length - len(ids), length)
         row[span] = torch.tensor(ids, dtype=torch.long)
     return batch
+
+
+def unmasked(batch: Batch) -> Batch:
+    """Return a right-padded batch without its attention mask, which says nothing that causality does not.
+
+    So attention runs as torch's causal kernel, which leaves out half of the work. A model that looks ahead of text,
+    such as PaliGemma, is told where by ``token_type_ids``; such a batch keeps its mask.
+    """
+    if "token_type_ids" in batch:
+        return batch
+    return {key: value for key, value in batch.items() if key != "attention_mask"}

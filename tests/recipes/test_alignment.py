@@ -7,9 +7,12 @@ import torch
 
 import bridges
 from recipes.alignment import TRACE, Alignment, TeacherTrace
+from recipes.data.task import unmasked
 from recipes.losses import hidden_state_loss, valid_tokens
 from recipes.plan import HiddenStates
 from recipes.recompute import recompute_layers
+from tests.bridges import models, vlms
+from tests.helpers import assert_close
 from tests.recipes.toys import MODELS, batch
 
 FORMS = {
@@ -218,3 +221,47 @@ def test_hooks_are_gone_after_closing():
         for attention in bridges.attention_layers(model).values():
             assert not attention._forward_hooks
             assert not attention._forward_pre_hooks
+
+
+def right_padded(inputs):
+    pads = (inputs["attention_mask"] == 0).sum(1).tolist()
+    shape = inputs["input_ids"].shape
+    return {
+        key: torch.stack([row.roll(-count) for row, count in zip(table, pads)])
+        if table.shape == shape
+        else table
+        for key, table in inputs.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("zoo", "family"), [*((models, name) for name in models.FAMILIES), *((vlms, name) for name in vlms.VLMS)]
+)
+def test_no_valid_token_sees_right_padding_though_there_is_no_mask(zoo, family):
+    teacher, inputs = zoo.teacher(family).eval(), right_padded(zoo.batch(family))
+    valid = valid_tokens(inputs)
+    assert not valid.all()
+    with torch.no_grad():
+        want, found = (
+            teacher(**given, use_cache=False).logits[valid] for given in (inputs, unmasked(inputs))
+        )
+    assert_close(family, want, found, 1e-6)
+
+
+def test_the_teacher_attends_by_the_causal_kernel(monkeypatch):
+    teacher, student = pair("llama")
+    masks, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, is_causal=False, **kwargs):
+        masks.append((attn_mask, is_causal))
+        return attention(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    inputs = batch("llama")
+    del inputs["labels"]
+    assert not valid_tokens(inputs).all()
+    recorder = TeacherTrace(teacher, student, HiddenStates())
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    trace = recorder(inputs)
+    recorder.close()
+    assert set(masks) == {(None, True)}
+    assert torch.equal(trace.valid, valid_tokens(inputs))

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from recipes.data.rows import Collator, Rows, VisionCut, answered, cut, merge, teacher_answers
+from recipes.data.rows import Collator, NotRightPadded, Rows, VisionCut, answered, cut, merge, teacher_answers
 from recipes.data.task import IGNORED
 from recipes.errors import CheckpointError
 from recipes.objective import FROM_TEACHER
@@ -58,6 +58,14 @@ def test_the_right_answer_from_the_teacher_makes_the_tasks_own_batch(task):
     assert mixed.keys() == plain.keys()
     for key, value in plain.items():
         assert torch.equal(mixed[key], value), key
+
+
+def test_training_rows_padded_on_the_left_are_refused(task, monkeypatch):
+    monkeypatch.setattr(task, "collate", task.prompts, raising=False)
+    rows = [(item, None) for item in task.train[:8]]
+    assert not task.prompts([item for item, _ in rows])["attention_mask"].all()
+    with pytest.raises(NotRightPadded, match="on the right"):
+        Collator(task, pad_id=0)(rows)
 
 
 def test_an_answer_is_labelled_and_the_prompt_is_not(task):
