@@ -257,12 +257,12 @@ def test_minutes_are_divided_as_steps_are() -> None:
 
 def test_a_row_says_how_many_steps_its_minutes_were(tmp_path: Path, loads: list[str]) -> None:
     file = tmp_path / "r.json"
-    path = saved(tmp_path, "main", stage(name="one", steps=100_000))
-    found = linmu(path, "--minutes", 0.02, "--out", tmp_path / "runs", "--json", file)
+    path = saved(tmp_path, "main", stage(name="one", steps=1))
+    found = linmu(path, "--minutes", 0.1, "--out", tmp_path / "runs", "--json", file)
     assert found.exit_code == 0, found.output
     _, student = Results.read(file).rows
-    assert student["minutes"] >= 0.02
-    assert 1 <= student["steps"] < 100_000
+    assert student["minutes"] >= 0.1
+    assert student["steps"] > 1
 
 
 def test_recipes_of_the_same_name_that_differ_are_refused(tmp_path: Path) -> None:
