@@ -132,9 +132,10 @@ class Mamba2(TokenMixer):
                 gate=None if gate is None else gate[:, 0],
             )
             return y[:, None], None
-        maps = self._feature_maps
+        c, b = self._scaled(q, k)
         y, final = ssd(
-            *(self._features(q, k) if maps is None else (q, k)),
+            c,
+            b,
             v,
             decay,
             self._backward_decay(x, layout),
@@ -145,7 +146,7 @@ class Mamba2(TokenMixer):
             norm_weight=norm_weight,
             norm_eps=norm_eps,
             gate=gate,
-            maps=maps,
+            maps=self._feature_maps,
             chunk_size=self.config.chunk_size,
         )
         if state is not None:
@@ -250,9 +251,13 @@ class Mamba2(TokenMixer):
         return (self.c_map, self.b_map) if self.config.feature_map == "softmax" else None
 
     def _features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        maps = self._feature_maps
-        if maps is not None:
-            return feature_map(q, maps[0]), feature_map(k, maps[1])
+        (c, b), maps = self._scaled(q, k), self._feature_maps
+        return (c, b) if maps is None else (feature_map(c, maps[0]), feature_map(b, maps[1]))
+
+    def _scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """C and B; where there are maps, what these are made of."""
+        if self.config.feature_map == "softmax":
+            return q, k
         if self.config.feature_map == "l2":
             wide = torch.promote_types(q.dtype, torch.float32)  # fp16 has no epsilon small enough
             q, k = (F.normalize(t.to(wide), dim=-1).to(t.dtype) for t in (q, k))

@@ -144,9 +144,8 @@ class TeacherTrace:
         trace = self.trace = Trace(valid_tokens(batch))
         try:
             with torch.no_grad():
-                trace.logits = self.teacher(**unmasked(batch), use_cache=False, logits_to_keep=1).logits[
-                    :, -1
-                ]
+                output = self.teacher(**unmasked(batch), use_cache=False, logits_to_keep=1)
+            trace.logits = output.logits[:, -1]
         finally:
             self.trace = None
         return trace
