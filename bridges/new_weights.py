@@ -31,7 +31,7 @@ def save_new_weights(model: Any, path: str | Path, *, teacher: PreTrainedModel) 
 
     Args:
         model: A converted model, or one wrapped by peft.
-        path: Directory to write, whole or not at all; what an older call wrote there is replaced.
+        path: Directory to write, whole or not at all. What an older call wrote there is replaced, other files stay.
         teacher: The model that it was converted from, with its weights as they were.
 
     Raises:
@@ -50,7 +50,7 @@ def save_new_weights(model: Any, path: str | Path, *, teacher: PreTrainedModel) 
         )
     theirs = dict(teacher.named_parameters())
     new = {}
-    for name, parameter in _own_parameters(base):
+    for name, parameter in _own_parameters(base, model):
         known = theirs.get(name, theirs.get(name.replace(".mixer.", ".")))
         if known is not None and known.shape != parameter.shape:
             raise CheckpointError(
@@ -65,7 +65,7 @@ def save_new_weights(model: Any, path: str | Path, *, teacher: PreTrainedModel) 
         "adapters": hasattr(model, "peft_config"),
         RECORD: note_settings(base),
     }
-    with atomic_directory(path, replaces="*") as folder:
+    with atomic_directory(path, replaces="adapter_*") as folder:
         if about["adapters"]:
             model.save_pretrained(folder)
         save_file(new, folder / WEIGHTS, metadata={"format": "pt"})
@@ -100,22 +100,29 @@ def load_new_weights(teacher: PreTrainedModel, path: str | Path) -> Any:
     with open_weights(path / WEIGHTS) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
     _check(tensors, _shapes(teacher, planned), path, about)
+    if about.get("adapters"):
+        from peft import PeftModel
+
+        read_json(path / "adapter_config.json")
+        with open_weights(path / "adapter_model.safetensors"):
+            pass
     replace_attention(teacher, spec)
     parameters = dict(teacher.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].data = tensor.to(parameters[name].device, parameters[name].dtype)
     if about.get("adapters"):
-        from peft import PeftModel
-
         return PeftModel.from_pretrained(teacher, str(path))
     return teacher
 
 
-def _own_parameters(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's parameters by their names without peft, whose own it saves itself."""
+def _own_parameters(base: nn.Module, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's parameters by their names without peft, which may wrap it and saves its own itself."""
+    adapters = [".modules_to_save."]
+    if model is not base:
+        adapters += [f".{getattr(model.base_model, 'prefix', 'lora_')}"]
     for name, parameter in base.named_parameters():
-        if not any(part in name for part in ("lora_", ".modules_to_save.")):
+        if not any(part in name for part in adapters):
             yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
 
 

@@ -12,12 +12,14 @@ import contextlib
 import copy
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import snapshot_download
 from packaging import version
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -42,6 +44,7 @@ MODEL_TYPE = "linmu"
 FP32_PARAMETERS = ("A_log", "dt_bias")
 WEIGHT_FILES = "model*.safetensors*"
 CARD = "README.md"
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 EMPTY_CARD = "has been automatically generated"
 CHUNKS_SINCE = "5.23"
 
@@ -79,16 +82,18 @@ def load_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a converted model that ``save_pretrained`` wrote.
 
     Args:
-        path: Its directory.
-        **kwargs: For ``from_pretrained``, e.g. ``dtype`` or ``device_map``.
+        path: Its directory, or the name of a repository on the Hub.
+        **kwargs: For ``from_pretrained``, e.g. ``dtype``, ``device_map`` or ``variant``.
 
     Raises:
-        CheckpointError: The directory is missing, is no converted model, is of a newer format, has
+        CheckpointError: The directory or repository is missing, is no converted model, is of a newer format, has
             a truncated file, or does not hold exactly the model's parameters.
     """
-    path = Path(path)
+    path = _directory(
+        path, **{key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
+    )
     fields = _read_config(path)
-    _check_weights(path)
+    _check_weights(path, kwargs.get("variant"))
     config = AutoConfig.from_pretrained(path)
     try:
         model, info = converted_model(_architecture(path, fields)).from_pretrained(
@@ -416,10 +421,25 @@ def read_json(file: Path) -> dict[str, Any]:
     return fields
 
 
-def _check_weights(path: Path) -> None:
+def _directory(path: str | Path, **kwargs: Any) -> Path:
+    """Return the directory of a checkpoint: what is there, or a copy of a repository of the Hub."""
+    folder = Path(path)
+    if folder.parent.exists() or not REPOSITORY.fullmatch(str(path)):
+        return folder
+    try:
+        return Path(snapshot_download(str(path), **kwargs))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"there is no converted model at {path}: no such directory, and no such repository on the Hub could be "
+            f"read ({error})."
+        ) from error
+
+
+def _check_weights(path: Path, variant: str | None) -> None:
     """Raise CheckpointError unless every weight file that the checkpoint names is there and whole."""
-    index = path / "model.safetensors.index.json"
-    names = ["model.safetensors"]
+    end = f"{variant}." if variant else ""
+    index = path / f"model.safetensors.index.{end}json"
+    names = [f"model.{end}safetensors"]
     if index.exists():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
     for name in names:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import bridges
 from tests.bridges import models
 from tests.bridges.test_plan import Snapshot
-from tests.bridges.test_pretrained import edit
+from tests.bridges.test_pretrained import edit, same
 
 SPECS: dict[str, Any] = {
     "mmate": "mmate",
@@ -23,11 +23,6 @@ SPECS: dict[str, Any] = {
     "mixed": {"1": "mmate", "0": "attention"},
     "partial": {"1": "mamba2"},
 }
-
-
-def same(ours: Any, theirs: Any) -> bool:
-    found, wanted = ours.state_dict(), theirs.state_dict()
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], t) for name, t in wanted.items())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
@@ -69,6 +64,37 @@ def test_adapters_are_in_it(tmp_path: Path) -> None:
     assert same(loaded, wrapped)
     inputs = models.batch("llama")
     assert torch.equal(models.logits(loaded, inputs), models.logits(wrapped, inputs))
+
+
+@pytest.mark.parametrize("kind", [peft.IA3Config, peft.LoHaConfig])
+def test_adapters_of_other_kinds_are_in_it(kind: Any, tmp_path: Path) -> None:
+    teacher = models.teacher("llama")
+    settings = {"feedforward_modules": ["down_proj"]} if kind is peft.IA3Config else {"r": 2}
+    wrapped = peft.get_peft_model(models.converted(teacher), kind(target_modules=["down_proj"], **settings))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    bridges.save_new_weights(wrapped, tmp_path / "new", teacher=teacher)
+    assert same(bridges.load_new_weights(copy.deepcopy(teacher), tmp_path / "new"), wrapped)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("left", [0, 40, None])
+def test_a_damaged_adapter_leaves_the_teacher_as_it_was(file: str, left: int | None, tmp_path: Path) -> None:
+    teacher = models.teacher("llama")
+    config = peft.LoraConfig(target_modules=["up_proj"], r=2)
+    wrapped = peft.get_peft_model(models.converted(teacher), config)
+    bridges.save_new_weights(wrapped, tmp_path / "new", teacher=teacher)
+    path = tmp_path / "new" / file
+    if left is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:left])
+    before = Snapshot(teacher)
+    with pytest.raises(bridges.CheckpointError, match=file):
+        bridges.load_new_weights(teacher, tmp_path / "new")
+    before.assert_same(teacher)
 
 
 def without(folder: Path, part: str) -> None:
@@ -135,6 +161,10 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(bridges.CheckpointError, match="something else"):
         bridges.save_new_weights(student, tmp_path / "whole", teacher=teacher)
     bridges.save_new_weights(student, tmp_path / "new", teacher=teacher)
+    (tmp_path / "new" / "tokenizer.json").write_text("mine")
+    (tmp_path / "new" / "adapter_config.json").write_text("of an older save")
     bridges.save_new_weights(student, tmp_path / "new", teacher=teacher)
+    assert (tmp_path / "new" / "tokenizer.json").read_text() == "mine"
+    assert not (tmp_path / "new" / "adapter_config.json").exists()
     with pytest.raises(bridges.CheckpointError, match="load_new_weights"):
         bridges.load_pretrained(tmp_path / "new")

@@ -463,6 +463,42 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         bridges.load_pretrained(tmp_path / "teacher")
 
 
+def same(ours: Any, theirs: Any) -> bool:
+    found, wanted = ours.state_dict(), theirs.state_dict()
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], t) for name, t in wanted.items())
+
+
+def test_a_repository_of_the_hub_is_loaded(
+    llama: Any, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(name: str, **kwargs: Any) -> str:
+        asked.append((name, kwargs))
+        if name != "me/student":
+            raise OSError("404")
+        return str(saved)
+
+    monkeypatch.setattr(bridges.pretrained, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert same(bridges.load_pretrained("me/student", revision="v2"), llama)
+    with pytest.raises(bridges.CheckpointError, match="no such repository on the Hub"):
+        bridges.load_pretrained("me/nothing")
+    assert asked == [("me/student", {"revision": "v2"}), ("me/nothing", {})]
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(bridges.CheckpointError, match=r"config\.json is missing"):
+        bridges.load_pretrained("runs/student")
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_a_variant_is_loaded_by_its_name(llama: Any, size: str, tmp_path: Path) -> None:
+    llama.save_pretrained(tmp_path / "m", variant="fp16", max_shard_size=size)
+    assert same(bridges.load_pretrained(tmp_path / "m", variant="fp16"), llama)
+    with pytest.raises(bridges.CheckpointError, match="safetensors is missing"):
+        bridges.load_pretrained(tmp_path / "m")
+
+
 def test_a_save_that_was_killed_is_pointed_to(llama: Any, tmp_path: Path) -> None:
     llama.save_pretrained(tmp_path / "m")
     (tmp_path / "m").rename(tmp_path / ".m.old")
