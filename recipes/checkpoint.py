@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recipes.errors import CheckpointError
+from recipes.replacing import flush, replacing
 
 MANIFEST = "manifest.json"
 
@@ -24,14 +24,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: It could not be written, for example because the disk is full.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        # A copy each: tied weights share memory, which the format refuses.
-        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, partial)
-        _flush(partial)
-        partial.replace(path)
+        with replacing(path) as partial:
+            # A copy each: tied weights share memory, which the format refuses.
+            save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, partial)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(
             f"could not write {path}: {error}; free some space and start again to resume."
         ) from error
@@ -59,13 +56,10 @@ def write_json(path: Path, data: Any) -> None:
     Raises:
         CheckpointError: It could not be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        _flush(partial)
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"could not write {path}: {error}") from error
 
 
@@ -105,7 +99,7 @@ def seal(folder: Path) -> None:
     """Flush a folder's files to disk and write the manifest of their sizes."""
     files = [path for path in _files(folder) if path.name != MANIFEST]
     for path in files:
-        _flush(path)
+        flush(path)
     write_json(folder / MANIFEST, {str(path.relative_to(folder)): path.stat().st_size for path in files})
 
 
@@ -127,8 +121,3 @@ def verify(folder: Path) -> None:
 
 def _files(folder: Path) -> Iterable[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())

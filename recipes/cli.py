@@ -107,7 +107,6 @@ def demo(
     with spinner("loading"):
         from recipes.demo import run
 
-    remove_run(folder)
     if not run(folder, command=command_line(ctx), questions=questions):
         raise typer.Exit(1)
 
@@ -241,19 +240,14 @@ def distill(
     from recipes.results import Results, first_and_last, table
 
     plan = Recipe.load(recipe)
-    with spinner("loading the teacher and the data"):
-        from recipes.data import load_task
+    with spinner("loading the teacher"):
         from recipes.distill import distill as run
         from recipes.progress import ProgressBars
         from recipes.teachers import load_teacher
 
         teacher = load_teacher(plan.teacher)
-        task = load_task(plan.data, teacher.model.config, teacher.tokenizer)
-        plan.explain(teacher.model)
-    if not resume:
-        remove_run(folder)
     with ProgressBars(plan) as bars:
-        distilled = run(plan, folder, teacher=teacher, task=task, resume=resume, callbacks=[bars])
+        distilled = run(plan, folder, teacher=teacher, restart=not resume, callbacks=[bars])
     rows = first_and_last(distilled.history)
     out.print(table(rows, title=f"{plan.name}: losses"))
     out.print(f"The student is in {folder / 'student'}.", markup=False)
@@ -385,15 +379,6 @@ def _parse_settings(settings: list[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise UsageError(f"--set {setting}: the value is not YAML: {error}.") from error
     return fields
-
-
-def remove_run(folder: Path) -> None:
-    """Remove a distillation from its folder; anything else in it stays."""
-    if (folder / "run.json").is_file():
-        shutil.rmtree(folder / "stages", ignore_errors=True)
-        shutil.rmtree(folder / "student", ignore_errors=True)
-        (folder / "history.json").unlink(missing_ok=True)
-        (folder / "run.json").unlink()
 
 
 def _bars(found: Evaluation) -> dict[str, float]:

@@ -53,7 +53,7 @@ def run(
     """Convert, distil in stages, evaluate and measure; print one table, write one picture and ``demo.json``.
 
     Args:
-        folder: Takes the picture, the results file and the student; must not hold a run.
+        folder: Takes the picture, the results file and the student; a run in it is begun anew.
         command: For the results file.
         questions: Test questions asked of teacher and of student.
         recipe: What to do.
@@ -81,7 +81,7 @@ def run(
     out.print("The student learns from the teacher, stage by stage:")
     out.print(_plan(recipe, recipe.explain(teacher.model)))
     with ProgressBars(recipe) as bars:
-        distilled = distill(recipe, folder, teacher=teacher, task=task, resume=False, callbacks=[bars])
+        distilled = distill(recipe, folder, teacher=teacher, task=task, restart=True, callbacks=[bars])
 
     _heading("4  Teacher and student")
     accuracy = {"teacher": teacher_found.accuracy}

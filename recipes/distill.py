@@ -55,6 +55,7 @@ def distill(
     teacher: Teacher | None = None,
     task: Task | None = None,
     resume: bool = True,
+    restart: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Distilled:
     """Distil a teacher into a student of linear cost, as a recipe says.
@@ -69,6 +70,7 @@ def distill(
         teacher: Default: the recipe's. Its weights are frozen and moved to the device.
         task: Default: the recipe's dataset. One that is given is trained on in all stages, whatever options they have.
         resume: Whether to go on with a run that is in the folder; if not, such a folder is refused.
+        restart: Whether such a run is removed, after all checks, and begun anew.
         callbacks: Of transformers' Trainer, for each stage; ``args.run_name`` is the stage's name. With
             any, the Trainer's own progress bar stays away.
 
@@ -92,11 +94,13 @@ def distill(
         own = {stage.name: _task(recipe, teacher, stage.data) for stage in recipe.stages if stage.data}
     for stage in recipe.stages:
         check_sizes(stage, own.get(stage.name, task))
-    run = Run.check(Path(out), recipe, teacher.model, resume)
+    run = Run(Path(out), recipe) if restart else Run.check(Path(out), recipe, teacher.model, resume)
 
     ours = processes()
     teacher.model.requires_grad_(False).eval().to(ours.device)
     if ours.is_main_process:
+        if restart:
+            run.remove()
         run.start(teacher.model)
     ours.wait_for_everyone()
     for number, stage, folder in run.pending():
@@ -142,7 +146,7 @@ def _run_stage(
     callbacks: Sequence[TrainerCallback],
 ) -> None:
     seed = run.recipe.seed + number
-    before = run.latest_result()
+    checkpoint, before = folder.checkpoint(), run.latest_result()
     student = _convert(run, teacher)
     activate(student, stage.active)
     selection = select(stage, student)
@@ -170,7 +174,7 @@ def _run_stage(
         collate=Collator(task, teacher.tokenizer.pad_token_id, stage.max_length),
         callbacks=callbacks,
     )
-    trainer.train(resume_from_checkpoint=folder.checkpoint())
+    trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
         for linear in selection.linears.values():
             linear.weight.data = (

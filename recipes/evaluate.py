@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from bridges.modes import evaluating
 from recipes.batching import bounded
 from recipes.data.task import IGNORED, Batch, Item, Task
 from recipes.errors import RecipeError
@@ -222,12 +223,19 @@ def perplexity(
     total, count = sum(sums.values()), sum(tokens.values())
     if not count or not math.isfinite(total):
         raise EvaluationError(f"{task.name}: the loss of {count} labelled tokens is {total}; no perplexity.")
-    groups = {
-        name: PerplexityGroup(math.exp(sums[name] / tokens[name]), tokens[name])
-        for name in by_group
-        if name is not None and tokens[name]
-    }
-    return Perplexity(task.name, math.exp(total / count), count, time.perf_counter() - start, groups)
+    try:
+        groups = {
+            name: PerplexityGroup(math.exp(sums[name] / tokens[name]), tokens[name])
+            for name in by_group
+            if name is not None and tokens[name]
+        }
+        whole = math.exp(total / count)
+    except OverflowError as error:
+        raise EvaluationError(
+            f"{task.name}: the loss is {total / count:g} a token, of which no number is the exponential; the model "
+            "has diverged."
+        ) from error
+    return Perplexity(task.name, whole, count, time.perf_counter() - start, groups)
 
 
 def predictions(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -269,13 +277,11 @@ def batches(items: Sequence[One], size: int) -> Iterator[Sequence[One]]:
 @contextlib.contextmanager
 def judged(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode and no gradients inside the block."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():  # tensors made in inference mode and kept by the model could not train later
-            yield
-    finally:
-        model.train(training)
+    with (
+        evaluating(model),
+        torch.no_grad(),
+    ):  # what inference mode makes and the model keeps could not train later
+        yield
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:

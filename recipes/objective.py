@@ -93,15 +93,6 @@ class Objective:
         self.laid_out = bool(converted_attention(student))  # mixers are told of padding by the mask
         hidden, attention, kd = losses.hidden_states, losses.attention_weights, losses.token_kd
         own_stream = losses.of_predictions
-        self.aligned: dict[str, Alignment | WeightAlignment] = {}
-        if attention is not None:
-            self.aligned["attention_weights"] = WeightAlignment(teacher, student, attention)
-        if hidden is not None:
-            self.aligned["hidden_states"] = Alignment(student, hidden, own_stream)
-        self.teacher = None
-        if self.aligned or kd is not None:
-            self.teacher = TeacherTrace(teacher, student, hidden, inputs=attention is not None)
-        self.vision = SharedVision(teacher, student)
         self.token_losses: dict[str, TokenLoss] = {}
         self._unchecked: list[tuple[PreTrainedModel, OutputHead, bool]] = []
         if own_stream:
@@ -112,6 +103,15 @@ class Objective:
                 teacher_head = OutputHead(teacher)
                 self._unchecked.append((teacher, teacher_head, True))
                 self.token_losses["token_kd"] = _token_kd(kd, head, teacher_head)
+        self.aligned: dict[str, Alignment | WeightAlignment] = {}
+        if attention is not None:
+            self.aligned["attention_weights"] = WeightAlignment(teacher, student, attention)
+        if hidden is not None:
+            self.aligned["hidden_states"] = Alignment(student, hidden, own_stream)
+        self.teacher = None
+        if self.aligned or kd is not None:
+            self.teacher = TeacherTrace(teacher, student, hidden, inputs=attention is not None)
+        self.vision = SharedVision(teacher, student)
         self._pass: _Pass | None = None
         self._handles = [
             student.get_decoder().register_forward_hook(self._keep_hidden),

@@ -193,14 +193,14 @@ def _errors(
     limit: int,
 ) -> dict[str, dict[int, float]]:
     """Loss → layer index → its mean over items."""
-    hooks: list[TeacherTrace | Alignment | WeightAlignment] = []
-    if weights is not None:
-        hooks.append(WeightAlignment(teacher, student, weights))
-    hooks.append(Alignment(student, settings, True))
-    hooks.append(recorder := TeacherTrace(teacher, student, settings, inputs=weights is not None))
-    sums: dict[str, dict[int, float]] = {}
     items = spread(task.test, limit, task.name)
+    hooks: list[TeacherTrace | Alignment | WeightAlignment] = []
+    sums: dict[str, dict[int, float]] = {}
     try:
+        if weights is not None:
+            hooks.append(WeightAlignment(teacher, student, weights))
+        hooks.append(Alignment(student, settings, True))
+        hooks.append(recorder := TeacherTrace(teacher, student, settings, inputs=weights is not None))
         with judged(student), judged(teacher):
             for chunk in batches(items, 1):
                 batch = to_device(task.collate(chunk), student.device)

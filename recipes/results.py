@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from recipes.errors import RecipeError
+from recipes.replacing import replacing
 
 Row = Mapping[str, Any]
 
@@ -103,16 +104,8 @@ class Results:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file through a temporary one beside it; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_rows(

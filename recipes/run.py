@@ -84,6 +84,8 @@ class Run:
         if not resume:
             raise RunError(f"{path} holds a run already; choose another folder, or resume it.")
         stored, ours = read_json(run.record), run._identity(teacher)
+        if "recipe" in stored:  # perhaps of a version that knew fewer settings
+            stored["recipe"] = Recipe.from_dict(stored["recipe"]).to_dict()
         for facts in (stored.get("recipe") or {}, ours["recipe"]):
             facts.pop("judged_by", None)  # changes nothing of the run
         for key in ("recipe", "teacher"):
@@ -118,6 +120,14 @@ class Run:
         """Write down what the run is started with; where one goes on, what it shall be judged by from now on."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.record, self._identity(teacher))
+
+    def remove(self) -> None:
+        """Remove a run from its folder, if it holds one; anything else in it stays."""
+        if self.record.is_file():
+            for path in (self.path / "stages", self.student):
+                shutil.rmtree(path, ignore_errors=True)
+            for path in (self.path / "history.json", self.record):
+                path.unlink(missing_ok=True)
 
     def pending(self) -> Iterator[tuple[int, Stage, StageFolder]]:
         """Yield (number, stage, folder) of each stage that is not done when its turn comes."""

@@ -135,6 +135,11 @@ def _check_conflicts(stage: Stage, selection: Selection) -> None:
             )
 
 
+def plain_name(name: str) -> str:
+    """Return what a :class:`Selection` calls a parameter, or the layer that it adapts, by its name under peft."""
+    return name.removeprefix("base_model.model.").partition(".lora_")[0]
+
+
 def _check_factors(stage: Stage, selection: Selection) -> None:
     names = {*selection.trained, *selection.linears}
     for pattern in stage.optimizer.factors:

@@ -30,6 +30,7 @@ from recipes.fused_norms import fused_norms
 from recipes.minutes import FOREVER, Minutes
 from recipes.objective import MICRO_BATCHES, Counts, Objective, token_masks
 from recipes.plan import Stage
+from recipes.selection import plain_name
 
 WEIGHTS = "model.safetensors"
 STAGING = ".saving"
@@ -235,7 +236,7 @@ class DistillTrainer(Trainer):
         return optimizer
 
     def _by_factor(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        names = {id(p): name for name, p in self.student.named_parameters()}
+        names = {id(p): plain_name(name) for name, p in self.student.named_parameters()}
         parts: dict[float, list[nn.Parameter]] = {1.0: []}  # first, for its rate is the one that is logged
         given = self.stage.optimizer.factors.items()
         for parameter in group["params"]:

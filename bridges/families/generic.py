@@ -15,6 +15,7 @@ from bridges.families.family import NORMS, PROJECTIONS, Family, families, family
 from bridges.families.gpt2 import GPT2
 from bridges.families.gpt_neox import GPTNeoX
 from bridges.families.phi3 import Phi3
+from bridges.modes import evaluating
 from mixers import Rotary, TokenLayout, TokenMixer
 from mixers.attention import Attention, AttentionConfig
 
@@ -225,11 +226,9 @@ def _listen(model: PreTrainedModel, attentions: Sequence[Any]) -> list[tuple[Ten
     x = torch.randn(
         1, TOKENS, model.config.get_text_config(decoder=True).hidden_size, generator=torch.Generator()
     )
-    modes = [(module, module.training) for module in decoder.modules()]
     hooks = [attention.register_forward_hook(note, with_kwargs=True) for attention in attentions]
     try:
-        decoder.eval()
-        with torch.no_grad():
+        with evaluating(decoder), torch.no_grad():
             decoder(inputs_embeds=x.to(weight), use_cache=False, **{LAYOUT_KWARG: layout})
     except Exception as error:
         reason = f"it does not read embeddings as Llama's decoder does ({type(error).__name__}: {error})"
@@ -237,8 +236,6 @@ def _listen(model: PreTrainedModel, attentions: Sequence[Any]) -> list[tuple[Ten
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     results = []
     for attention in attentions:
         args, kwargs, output = heard.get(id(attention), ((), {}, None))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from recipes.checkpoint import read_tensors, write_tensors
 from recipes.data.task import IGNORED, Batch, Item, Task, TaskError
+from recipes.errors import CheckpointError
 from recipes.objective import FROM_TEACHER
 
 Row = tuple[Item, Tensor | None]
@@ -167,7 +168,7 @@ def teacher_answers(
         teacher: The teacher.
         task: The dataset.
         samples: Items to answer, drawn without replacement; all, if there are fewer.
-        path: Safetensors file; a whole one that fits is used again.
+        path: Safetensors file; one that is there is used again.
         seed: Of the draw.
         batch_size: Prompts at a time.
 
@@ -175,7 +176,7 @@ def teacher_answers(
         Index of an item → ids [N] of its answer, end token included.
 
     Raises:
-        CheckpointError: ``path`` is damaged or cannot be written.
+        CheckpointError: ``path`` is damaged, holds answers to other items, or cannot be written.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(task.train), generator=generator)[:samples]
@@ -189,6 +190,11 @@ def teacher_answers(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {"items": chosen, "answers": torch.stack(padded)})
     stored = read_tensors(path)
+    if not torch.equal(stored["items"], chosen):
+        raise CheckpointError(
+            f"{path} holds answers to {len(stored['items'])} items, not to the {len(chosen)} that this stage draws: it "
+            f"was made with another dataset, seed or number of samples; delete {path.parent} to do this stage again."
+        )
     return {int(i): ids[ids != IGNORED] for i, ids in zip(stored["items"], stored["answers"])}
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-import recipes.checkpoint
+import recipes.replacing
 from recipes.checkpoint import (
     load_parameters,
     read_json,
@@ -27,7 +27,7 @@ def full_disk(monkeypatch):
     def fail(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(recipes.checkpoint, "_flush", fail)
+    monkeypatch.setattr(recipes.replacing, "flush", fail)
 
 
 def test_tensors_come_back_bit_for_bit_even_if_they_share_memory(tmp_path):

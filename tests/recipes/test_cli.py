@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -269,6 +270,24 @@ def test_a_restart_with_a_bad_recipe_keeps_the_run(tmp_path: Path, small_recipe:
     assert linmu("distill", small_recipe, "--out", run).exit_code == 0
     small_recipe.write_text(small_recipe.read_text().replace("- mixers", "- mixrs"))
     assert linmu("distill", small_recipe, "--out", run, "--restart").exit_code == 2
+    assert (run / "student" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"batch_tokens": 100}, "does not know the sizes"), ({"data": {"nothing": 7}}, "no option 'nothing'")],
+)
+def test_what_a_stages_data_refuses_is_found_before_a_run_is_touched(
+    tmp_path: Path, small_recipe: Path, change: dict[str, Any], words: str
+) -> None:
+    run = tmp_path / "run"
+    assert linmu("distill", small_recipe, "--out", run).exit_code == 0
+    fields = yaml.safe_load(small_recipe.read_text())
+    fields["stages"][1] |= change
+    small_recipe.write_text(yaml.safe_dump(fields))
+    refused = linmu("distill", small_recipe, "--out", run, "--restart")
+    assert refused.exit_code == 2
+    assert words in " ".join(stderr(refused).split())
     assert (run / "student" / "model.safetensors").exists()
 
 

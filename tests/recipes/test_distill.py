@@ -228,6 +228,23 @@ def test_another_recipe_or_teacher_in_the_same_folder_is_refused(tmp_path):
         run(tmp_path, stages=[stage()], resume=False)
 
 
+def test_a_run_begun_anew_may_have_another_recipe(tmp_path):
+    run(tmp_path, stages=[stage(), stage(name="two", steps=1)])
+    (tmp_path / "notes.txt").write_text("mine")
+    again = run(tmp_path, stages=[stage(steps=1)], restart=True)
+    assert {entry["stage"] for entry in again.history} == {"one"}
+    assert [path.name for path in (tmp_path / "stages").iterdir()] == ["1-one"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_of_a_version_that_knew_fewer_settings_goes_on(tmp_path):
+    done = run(tmp_path, stages=[stage(steps=1)])
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["recipe"]["stages"][0].pop("minutes") is None
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert run(tmp_path, stages=[stage(steps=1)]).history == done.history
+
+
 def test_a_run_goes_on_though_it_shall_be_judged_otherwise(tmp_path, whole):
     before, after = (
         recipe(*three_stages(), judged_by=judges) for judges in (["text"], [{"task": "recall", "limit": 5}])
@@ -251,9 +268,11 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, file, damage):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    ours, plan = teacher(), recipe(stage(steps=4, save_every=2))
     with pytest.raises(CheckpointError, match=file):
-        run(tmp_path, stages=[stage(steps=4, save_every=2)])
+        distill(plan, tmp_path, teacher=ours, task=Riddles(images=False), callbacks=QUIET)
     assert path.parent.exists()
+    assert not [module for module in ours.model.modules() if module._forward_hooks]
 
 
 def test_a_damaged_or_missing_stage_result_is_refused(tmp_path):

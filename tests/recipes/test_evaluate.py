@@ -106,6 +106,10 @@ def test_the_mode_of_the_model_is_as_before() -> None:
     assert model.training
     perplexity(model, Riddles(images=False))
     assert model.training
+    model.model.layers[0].eval()
+    evaluate(model, Riddles(images=False))
+    assert model.training
+    assert not model.model.layers[0].mlp.training
 
 
 @pytest.mark.parametrize("limit", [0, -1])
@@ -157,6 +161,13 @@ def test_a_loss_that_is_no_number_is_an_error() -> None:
     model = MODELS["llama"]()
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(EvaluationError, match="nan"):
+        perplexity(model, Riddles(images=False))
+
+
+def test_a_loss_too_large_for_a_perplexity_is_an_error() -> None:
+    model = MODELS["llama"]()
+    model.lm_head.weight.data.mul_(1e6)
+    with pytest.raises(EvaluationError, match="diverged"):
         perplexity(model, Riddles(images=False))
 
 

@@ -212,6 +212,9 @@ def test_hooks_are_gone_after_an_error_too(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ZeroDivisionError):
         layer_errors(student, teacher.model, task)
     assert hooks_of(student, teacher.model) == hooks
+    with pytest.raises(EvaluationError, match="no question"):
+        layer_errors(student, teacher.model, task, limit=0)
+    assert hooks_of(student, teacher.model) == hooks
 
 
 def test_without_judges_it_is_accuracy_on_the_training_task(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,6 +225,19 @@ def test_factors_change_the_rates_of_what_they_name_and_nothing_else(tmp_path, f
     assert run.history[0]["learning_rate"] == pytest.approx(1e-2)
 
 
+@pytest.mark.parametrize("pattern", [r"up_proj$", r"^model\.layers\.\d\.mlp\.up_proj$"])
+def test_a_factor_names_an_adapted_layer_by_its_whole_name(tmp_path, pattern):
+    optimizer = {"learning_rate": 1e-2, "warmup": 0, "factors": {pattern: 0.1}}
+    groups = Groups()
+    lora = {"targets": [r"mlp\."], "rank": 2}
+    run = trainer(tmp_path, optimizer=optimizer, lora=lora, callbacks=[groups, *QUIET])
+    names = {id(p): name for name, p in run.student.named_parameters()}
+    run.train()
+    slow = [names[id(p)] for group in groups.first for p in group["params"] if group["lr"] < 5e-3]
+    assert slow
+    assert slow == [name for name in names.values() if "up_proj.lora_" in name]
+
+
 class Groups(TrainerCallback):
     """Keeps the optimizer's groups as they were at the first step."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from recipes.data.packages import cache_folder
 from recipes.data.task import TaskError
+from recipes.replacing import replacing
 
 FORMAT = 1
 INDEX = "index.json"
@@ -114,18 +114,13 @@ class Pack:
         """Write the pack as one file, which appears only when it is whole."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         index = {name: value for name, value in vars(self).items() if name != "files"}
-        try:
-            with zipfile.ZipFile(partial, "w") as opened:
-                opened.writestr(
-                    INDEX, json.dumps({"format": FORMAT, **index}), compress_type=zipfile.ZIP_DEFLATED
-                )
-                for name, content in self.files.items():
-                    opened.writestr(name, content)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as partial, zipfile.ZipFile(partial, "w") as opened:
+            opened.writestr(
+                INDEX, json.dumps({"format": FORMAT, **index}), compress_type=zipfile.ZIP_DEFLATED
+            )
+            for name, content in self.files.items():
+                opened.writestr(name, content)
 
     @classmethod
     def load(cls, path: str | Path) -> Pack:

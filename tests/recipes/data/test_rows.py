@@ -108,6 +108,9 @@ def test_teacher_answers_are_its_greedy_generation_made_once(tmp_path, kind):
         assert answer.tolist() == (ids[: ids.index(2) + 1] if 2 in ids else ids)
     again = teacher_answers(None, task, 5, path, seed=0, batch_size=2)
     assert {i: a.tolist() for i, a in again.items()} == {i: a.tolist() for i, a in answers.items()}
+    for samples, seed in ((4, 0), (5, 1)):
+        with pytest.raises(CheckpointError, match="answers to 5 items"):
+            teacher_answers(None, task, samples, path, seed=seed, batch_size=2)
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CheckpointError):
         teacher_answers(None, task, 5, path, seed=0, batch_size=2)
