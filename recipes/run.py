@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from recipes.checkpoint import read_json, verify, write_json
-from recipes.errors import CheckpointError, RunError
+from recipes.errors import CheckpointError, RecipeError, RunError
 from recipes.plan import Recipe, Stage
 from recipes.trainer import checkpoints
 
@@ -85,7 +85,7 @@ class Run:
             raise RunError(f"{path} holds a run already; choose another folder, or resume it.")
         stored, ours = read_json(run.record), run._identity(teacher)
         if "recipe" in stored:  # perhaps of a version that knew fewer settings
-            stored["recipe"] = Recipe.from_dict(stored["recipe"]).to_dict()
+            stored["recipe"] = run._read(stored["recipe"]).to_dict()
         for facts in (stored.get("recipe") or {}, ours["recipe"]):
             facts.pop("judged_by", None)  # changes nothing of the run
         for key in ("recipe", "teacher"):
@@ -145,6 +145,15 @@ class Run:
         return [
             entry for folder in self.stages if folder.history.exists() for entry in read_json(folder.history)
         ]
+
+    def _read(self, fields: dict[str, Any]) -> Recipe:
+        try:
+            return Recipe.from_dict(fields)
+        except RecipeError as error:
+            raise RunError(
+                f"{self.record} holds a recipe that this version of linmu does not read: {error} Choose another "
+                "folder, or the version that began the run."
+            ) from error
 
     def _identity(self, teacher: nn.Module) -> dict[str, Any]:
         return {"recipe": self.recipe.to_dict(), "teacher": fingerprint(teacher)}

@@ -243,6 +243,10 @@ def test_a_run_of_a_version_that_knew_fewer_settings_goes_on(tmp_path):
     assert record["recipe"]["stages"][0].pop("minutes") is None
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert run(tmp_path, stages=[stage(steps=1)]).history == done.history
+    record["recipe"]["stages"][0]["of_tomorrow"] = 1
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match=r"does not read.*of_tomorrow"):
+        run(tmp_path, stages=[stage(steps=1)])
 
 
 def test_a_run_goes_on_though_it_shall_be_judged_otherwise(tmp_path, whole):
