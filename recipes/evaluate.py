@@ -277,10 +277,7 @@ def batches(items: Sequence[One], size: int) -> Iterator[Sequence[One]]:
 @contextlib.contextmanager
 def judged(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode and no gradients inside the block."""
-    with (
-        evaluating(model),
-        torch.no_grad(),
-    ):  # what inference mode makes and the model keeps could not train later
+    with evaluating(model), torch.no_grad():  # what a model keeps of inference mode could not train later
         yield
 
 
