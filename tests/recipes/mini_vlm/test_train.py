@@ -16,10 +16,11 @@ from transformers import TrainerCallback
 from recipes.data.easyvqa import EasyVQA
 from recipes.distill import distill
 from recipes.errors import CheckpointError, LossError, TeacherNotInstalledError
-from recipes.mini_vlm.build import TINY_TOKENS, build_model, build_tiny
+from recipes.mini_vlm.build import build_model
 from recipes.mini_vlm.train import main, restore, train, training_stage
 from recipes.plan import Losses, Recipe, TokenKD
 from recipes.teachers import Teacher, load_teacher
+from tests.recipes.mini_vlm.tiny import TINY_TOKENS, build_tiny
 from tests.recipes.toys import QUIET, llama
 
 
